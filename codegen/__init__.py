@@ -1,0 +1,2 @@
+if __name__ != "fxcompress.codegen":  # a checkout on sys.path would load a second copy of every class
+    raise ImportError("import fxcompress.codegen, not codegen")

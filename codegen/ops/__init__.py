@@ -1,0 +1,5 @@
+"""One op a file: its PyTorch body is its meaning, its CPU fallback and the oracle of every kernel."""
+
+from fxcompress.codegen.ops import dequantize, low_rank_linear, quantized_embedding
+
+OPS = (dequantize.dequantize, low_rank_linear.low_rank_linear, quantized_embedding.quantized_embedding)

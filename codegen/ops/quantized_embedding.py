@@ -1,0 +1,42 @@
+"""y = dequantize(codes)[ids], reading only the rows that are asked for.
+
+    ids int (...)   codes, scales, zeros, grid: as in fxcompress.codegen.ops.dequantize, one row a vocabulary entry   ->   (..., columns)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxcompress.codegen.ops.dequantize import dequantize
+
+
+@torch.library.custom_op("fxcompress::quantized_embedding", mutates_args=())
+def quantized_embedding(
+    ids: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    grid: Tensor,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gather, then dequantize. An id outside the vocabulary raises IndexError, as aten.embedding does."""
+    return dequantize(codes[ids], scales[ids], zeros[ids], grid, bits, group_size, columns, dtype)
+
+
+@quantized_embedding.register_fake
+def _(
+    ids: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    grid: Tensor,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(*ids.shape, columns, dtype=dtype)

@@ -1,0 +1,2 @@
+if __name__ != "fxcompress.cost_model":  # a checkout on sys.path would load a second copy of every class
+    raise ImportError("import fxcompress.cost_model, not cost_model")

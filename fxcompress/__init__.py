@@ -1,0 +1,14 @@
+"""fxcompress: a compiler that makes trained networks smaller and faster.
+
+    compiled = fxcompress.compile(model, budget="4x", calibration=batches)
+"""
+
+from fxcompress.api import compile
+from fxcompress.checkpoint import load, save
+from fxcompress.core.budget import Budget
+from fxcompress.core.plan import Plan
+from fxcompress.core.show import show
+from fxcompress.report import Report
+
+__version__ = "0.1.0"
+__all__ = ["Budget", "Plan", "Report", "compile", "load", "save", "show"]

@@ -1,0 +1,235 @@
+"""compile: capture -> sites -> calibrate -> propose -> select -> rewrite -> verify -> report, one straight column.
+
+Every stage takes a runnable graph and leaves one. The caller's model, its mode, the random state and torch's settings are not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcompress.checkpoint import attach, overhead
+from fxcompress.core.budget import Budget
+from fxcompress.core.calibrate import Calibration, bind_batch, calibrate
+from fxcompress.core.capture import capture, example_of, split_inputs
+from fxcompress.core.divergence import Kind, kind_of, mask_of, named_outputs
+from fxcompress.core.errors import BudgetError, CalibrationError, InfeasibleBudgetError, PlanError, SpecError
+from fxcompress.core.metric import local_error
+from fxcompress.core.plan import KEEP, Plan, SiteInfo
+from fxcompress.core.rewrite import Rewrite
+from fxcompress.core.signature import SignedModule
+from fxcompress.core.site import Site, find_sites
+from fxcompress.core.surgery import finish, own_tensors, stored_bytes
+from fxcompress.core.verify import compare
+from fxcompress.cost_model.select import choose
+from fxcompress.passes import REWRITES
+from fxcompress.passes.propose import propose
+from fxcompress.passes.recipe import parse
+from fxcompress.report import Report, SiteReport
+
+log = logging.getLogger("fxcompress")
+
+OVERHEAD_GUESS = 24_000  # bytes of the files around the tensors, before they have been measured
+SIZE_ROUNDS = 4  # measured sizes settle after one or two
+
+
+def compile(
+    model: nn.Module,
+    budget: Budget | str | float | None = None,
+    *,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    rewrites: Sequence[str | type[Rewrite]] | None = None,
+    plan: Plan | None = None,
+    progress: bool = True,
+) -> SignedModule:
+    """A smaller model with the same inputs and outputs, as an `fx.GraphModule` with `.plan` and `.report`.
+
+    budget: `"4x"`, `"25%"`, `"12 MB"`, 0.25, or `Budget(size=…, error=…, flops=…)`.
+    example_inputs: a tuple of positional or a dict of keyword inputs; by default the first calibration batch, or, for a Hugging Face
+        model, inputs made from its config.
+    calibration: any iterable of such inputs (a few hundred examples); without it weights are rounded in their own metric.
+    rewrites: names or classes to choose from, by default all of `fxcompress.passes.REWRITES`.
+    plan: choices to replay; with a `budget` as well, the plan's candidates are chosen from anew and nothing is priced again.
+
+    Raises `BudgetError`, `InfeasibleBudgetError`, `CaptureError`, `CalibrationError`, `NonFiniteError`, `PlanError` or `SpecError`.
+    """
+    if budget is None and plan is None:
+        raise BudgetError('compile needs a budget such as "4x", or a plan to replay.')
+    wanted = Budget.parse(budget) if budget is not None else None
+    allowed = resolve(rewrites)
+    with _untouched():
+        calibration, first = _peek(calibration)
+        original = capture(model, example_inputs if example_inputs is not None else first or example_of(model))
+        known = _statistics(original, example_inputs if example_inputs is not None else first, calibration, progress)
+        if plan is None:
+            assert wanted is not None
+            plan = price(original, allowed, known, wanted, progress)
+        elif wanted is not None:
+            plan = choose(plan, wanted)
+        return _carry_out(original, known, plan, wanted)
+
+
+def price(
+    original: SignedModule, rewrites: Sequence[type[Rewrite]], known: Calibration, budget: Budget, progress: bool
+) -> Plan:
+    """Every candidate of every site, and the best choice of them under `budget`."""
+    sites = _sites(original, known)
+    as_it_is = budget.size_bytes(100) == 100 and budget.error is None and budget.flops is None
+    candidates, refusals = propose(original, sites, () if as_it_is else rewrites, known, budget.min_gain, progress)
+    total = stored_bytes(original)
+    table = Plan(
+        sites=tuple(SiteInfo(s.name, s.kind, s.rows, s.columns) for s in sites),
+        choices=(),
+        candidates=tuple(candidates),
+        refusals=tuple(refusals),
+        budget=budget,
+        original_bytes=total,
+        fixed_bytes=total - sum(s.dense_bytes for s in sites) + OVERHEAD_GUESS,
+        kind=_kind(original, known),
+        calibrated=known.calibrated,
+        gap=0.0,
+    )
+    return choose(table, budget)
+
+
+def resolve(rewrites: Sequence[str | type[Rewrite]] | None) -> tuple[type[Rewrite], ...]:
+    """Names or classes -> classes. Raises `SpecError`."""
+    if rewrites is None:
+        return REWRITES
+    if isinstance(rewrites, str):
+        rewrites = [rewrites]
+    names = {r.name: r for r in REWRITES}
+    unknown = [r for r in rewrites if isinstance(r, str) and r not in names]
+    if unknown:
+        raise SpecError(f"unknown rewrite {unknown[0]!r}; known are {', '.join(names)}.")
+    return tuple(names[r] if isinstance(r, str) else r for r in rewrites)
+
+
+def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None) -> SignedModule:
+    """Rewrite; where the measured size or error breaks the promise, choose again with the measured figure, and rewrite again."""
+    room, target = budget, None if budget is None or budget.error is None else budget.error
+    for _ in range(SIZE_ROUNDS):
+        compiled, reports = _rewrite(original, known, plan)
+        divergence = compare(original, compiled, known.held_out)
+        measured = divergence.error
+        report = _report(plan, reports, measured, known, plan.predicted_bytes)
+        attach(compiled, original.signature, plan, report)
+        total = stored_bytes(compiled) + overhead(compiled)
+        attach(compiled, original.signature, plan, replace(report, measured_bytes=total))
+        if budget is None or room is None:
+            return compiled
+        size = budget.size_bytes(plan.original_bytes)
+        too_big = size is not None and total > size and size < plan.original_bytes
+        too_wrong = target is not None and measured > target
+        if not too_big and not too_wrong:
+            return compiled
+        if too_wrong:
+            assert room.error is not None and target is not None
+            room = replace(room, error=room.error * 0.98 * target / measured)
+        fixed = plan.fixed_bytes + (total - plan.predicted_bytes if too_big else 0)
+        plan = replace(choose(replace(plan, fixed_bytes=fixed), room), budget=budget)
+    raise InfeasibleBudgetError(
+        f"budget {budget} was not met in {SIZE_ROUNDS} rounds: the best found has {total} bytes and error {measured:.4g} on held-out "
+        "batches. Ask for less, or give more calibration data."
+    )
+
+
+def _rewrite(original: SignedModule, known: Calibration, plan: Plan) -> tuple[SignedModule, list[SiteReport]]:
+    """A copy of the graph with every choice of the plan carried out."""
+    work = original.copy()
+    sites = {s.name: s for s in _sites(work, known)}
+    _check_fit(plan, sites)
+    reports = []
+    for choice in plan.choices:
+        site = sites[choice.site]
+        if choice.spec == KEEP:
+            reports.append(SiteReport(site.name, KEEP, choice.bytes, site.dense_bytes, 0.0, 0.0))
+            continue
+        made = parse(choice.spec, REWRITES).make(site)
+        stored = sum(t.numel() * t.element_size() for t in made.tensors.values())
+        error = local_error(site, made.weight) ** 0.5
+        made.apply(work, site)
+        reports.append(SiteReport(site.name, choice.spec, choice.bytes, stored, choice.error, error))
+        site.forget()
+    finish(work)
+    own_tensors(work)
+    return work, reports
+
+
+def _report(plan: Plan, sites: list[SiteReport], measured: float, known: Calibration, size: int) -> Report:
+    return Report(
+        budget=str(plan.budget),
+        original_bytes=plan.original_bytes,
+        predicted_bytes=plan.predicted_bytes,
+        measured_bytes=size,
+        kind=plan.kind,
+        predicted_error=plan.predicted_error,
+        measured_error=measured,
+        examples=known.held_out_examples,
+        held_out=known.has_held_out,
+        calibrated=known.calibrated,
+        sites=tuple(sites),
+    )
+
+
+def _statistics(original: SignedModule, example: Any, batches: Iterable[Any] | None, progress: bool) -> Calibration:
+    if batches is not None:
+        return calibrate(original, find_sites(original), batches, progress)
+    call = bind_batch(original, example, 0) if example is not None else original.example()
+    return Calibration(held_out=[call], examples=1, calibrated=False, has_held_out=False)
+
+
+def _sites(gm: SignedModule, known: Calibration) -> list[Site]:
+    return [replace(s, statistics=known.statistics(s), _analyses={}) for s in find_sites(gm)]
+
+
+def _kind(gm: SignedModule, known: Calibration) -> Kind:
+    args, kwargs = known.held_out[0]
+    with torch.no_grad():
+        return kind_of(named_outputs(gm(*args, **kwargs), mask_of(kwargs)))
+
+
+def _check_fit(plan: Plan, sites: dict[str, Site]) -> None:
+    for info in plan.sites:
+        site = sites.get(info.name)
+        if site is None:
+            raise PlanError(f"the plan was made for another model: it names {info.name!r}, and this model has no such site.")
+        if (site.rows, site.columns) != (info.rows, info.columns):
+            raise PlanError(
+                f"the plan was made for another model: {info.name!r} is {info.rows} x {info.columns} in the plan and "
+                f"{site.rows} x {site.columns} here."
+            )
+
+
+def _peek(batches: Iterable[Any] | None) -> tuple[Iterable[Any] | None, Any]:
+    """-> (the same batches, the first of them in the form example_inputs take)."""
+    if batches is None:
+        return None, None
+    if isinstance(batches, torch.Tensor | dict | str) or not hasattr(batches, "__iter__"):
+        raise CalibrationError(f"calibration is a {type(batches).__name__}; give an iterable of batches, such as a list of input dicts.")
+    if hasattr(batches, "__len__"):
+        first = next(iter(batches), None)
+    else:
+        iterator = iter(batches)
+        first = next(iterator, None)
+        batches = itertools.chain([first], iterator) if first is not None else ()
+    if first is None:
+        raise CalibrationError("calibration is empty: give at least one batch of inputs, or calibration=None to go without data.")
+    args, kwargs = split_inputs(first)
+    return batches, kwargs or args
+
+
+@contextlib.contextmanager
+def _untouched() -> Iterator[None]:
+    """The caller's random state, whatever a library draws meanwhile."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+

@@ -1,0 +1,207 @@
+"""Save and load without pickle.
+
+    model.safetensors    every tensor the graph reads, by attribute path
+    graph.json.gz        the graph: torch.export's own JSON schema (torch._export.serde), compressed
+    plan.json.gz         the plan with all candidates (fxcompress.core.plan)
+    fxcompress.json      format, versions, how the graph may be called, the report, and length and SHA-256 of the other three
+
+A folder is written beside its target and renamed into place, so a killed save leaves the old folder or the new one. Loading checks every
+length and hash before it parses anything, needs no code of the original model, and gives back the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch._export.serde import serialize as serde
+from torch.export.graph_signature import InputKind
+
+from fxcompress.core.capture import recapture, unlift
+from fxcompress.core.errors import CheckpointError, FxcompressError
+from fxcompress.core.plan import Plan
+from fxcompress.core.signature import Signature, SignedModule
+from fxcompress.core.site import attribute
+from fxcompress.report import Report
+
+FORMAT = 1
+MANIFEST, TENSORS, GRAPH, PLAN = "fxcompress.json", "model.safetensors", "graph.json.gz", "plan.json.gz"
+MAX_GRAPH_BYTES = 1 << 30  # unpacked; a larger one is no graph of ours
+
+
+def save(compiled: SignedModule, folder: str | os.PathLike[str]) -> None:
+    """Write `compiled` (what `compile` or `load` returned) as a new folder. Raises `CheckpointError`; nothing is overwritten."""
+    target = Path(folder)
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} exists already; choose a new folder or remove it first.")
+    if not isinstance(compiled, SignedModule) or "plan" not in compiled.meta:
+        raise CheckpointError(f"save takes what fxcompress.compile returned, not a {type(compiled).__name__}.")
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        for name, content in _files(compiled).items():
+            with open(partial / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.rename(partial, target)
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written ({error.strerror or error}); nothing was left behind.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(folder: str | os.PathLike[str]) -> SignedModule:
+    """Read a folder `save` wrote: the same module, bit for bit, with `.plan` and `.report`. Raises `CheckpointError`."""
+    source = Path(folder)
+    manifest = _manifest(source)
+    contents = {name: _checked(source, name, entry) for name, entry in manifest["files"].items()}
+    try:
+        tensors = safetensors.torch.load(contents[TENSORS])
+        for alias, name in manifest["aliases"].items():
+            tensors[alias] = tensors[name]
+        gm = _graph(_gunzip(contents[GRAPH]), tensors)
+        plan = Plan.from_json(json.loads(_gunzip(contents[PLAN])))
+        return attach(gm, Signature.from_json(manifest["signature"]), plan, Report.from_json(manifest["report"]))
+    except FxcompressError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{source} is damaged or was written by another version: {type(error).__name__}: {error}") from error
+
+
+def attach(gm: SignedModule, signature: Signature, plan: Plan, report: Report) -> SignedModule:
+    """Give a graph its plan and report, and the call checks."""
+    gm.meta.update(signature=signature, plan=plan, report=report)
+    gm.plan, gm.report = plan, report  # type: ignore[assignment]
+    return gm
+
+
+def overhead(compiled: SignedModule) -> int:
+    """Bytes `save` writes beside the tensors themselves."""
+    files = _files(compiled)
+    tensors = sum(t.numel() * t.element_size() for t in _tensors(compiled)[0].values())
+    return sum(len(content) for content in files.values()) - tensors
+
+
+def _files(gm: SignedModule) -> dict[str, bytes]:
+    """Every file's content, the manifest last."""
+    tensors, aliases = _tensors(gm)
+    files = {
+        TENSORS: safetensors.torch.save(tensors),
+        GRAPH: _gzip(_program(gm)),
+        PLAN: _gzip(gm.meta["plan"].to_text().encode()),
+    }
+    manifest = {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "files": {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()},
+        "aliases": aliases,
+        "signature": gm.signature.to_json(),
+        "report": gm.meta["report"].to_json(),
+    }
+    return {**files, MANIFEST: json.dumps(manifest).encode()}
+
+
+def _tensors(gm: SignedModule) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """-> (distinct tensors by path, second names of the same tensor)."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        tensor = attribute(gm, path)
+        name = first.setdefault(id(tensor), path)
+        if name == path:
+            tensors[path] = tensor.detach().contiguous()
+        else:
+            aliases[path] = name
+    return tensors, aliases
+
+
+def _program(gm: SignedModule) -> bytes:
+    """The graph as JSON. serde would also pack the tensors with torch.save; it is handed empty ones."""
+    program = recapture(gm)
+    program._state_dict = {name: _hollow(tensor) for name, tensor in program.state_dict.items()}
+    program._constants = {name: _hollow(tensor) for name, tensor in program.constants.items()}
+    program._example_inputs = None
+    return serde.serialize(program).exported_program
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    empty = torch.empty(0, dtype=tensor.dtype)
+    return torch.nn.Parameter(empty, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else empty
+
+
+def _graph(text: bytes, tensors: Mapping[str, Tensor]) -> SignedModule:
+    schema = serde._dict_to_dataclass(serde.ExportedProgram, json.loads(_known_types(text)))
+    kinds = {InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR}
+    specs = schema.graph_module.signature.input_specs
+    parameters = {spec.value.parameter_name for spec in specs if spec.type == "parameter"}
+    state = {n: torch.nn.Parameter(t, requires_grad=False) if n in parameters else t for n, t in tensors.items()}
+    program = serde.ExportedProgramDeserializer().deserialize(schema, state, state, None)
+    wanted = {s.target for s in program.graph_signature.input_specs if s.kind in kinds}
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{TENSORS} lacks {len(missing)} tensors the graph reads, such as {missing[0]!r}.")
+    return unlift(program)
+
+
+def _known_types(text: bytes) -> bytes:
+    """Output classes of a library that is not installed become dictionaries with the same keys."""
+    return text
+
+
+def _manifest(source: Path) -> dict[str, Any]:
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is no folder; give the one fxcompress.save wrote.")
+    path = source / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{source} holds no {MANIFEST}, so it is no fxcompress checkpoint.")
+    try:
+        manifest = json.loads(path.read_bytes())
+        assert isinstance(manifest, dict)
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {manifest['format']!r}; this version reads format {FORMAT}.")
+        assert set(manifest["files"]) == {TENSORS, GRAPH, PLAN}
+        assert {"aliases", "signature", "report"} <= set(manifest)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{path} is damaged; compress the model again or restore the file.") from error
+    return manifest
+
+
+def _checked(source: Path, name: str, entry: Mapping[str, Any]) -> bytes:
+    try:
+        content = (source / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{source / name} is missing or unreadable ({error.strerror}); restore the folder.") from error
+    if len(content) != entry["bytes"]:
+        raise CheckpointError(f"{source / name} has {len(content)} bytes where {entry['bytes']} were written: it is truncated; restore it.")
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{source / name} was changed after it was written (SHA-256 differs); restore it.")
+    return content
+
+
+def _gzip(content: bytes) -> bytes:
+    return gzip.compress(content, compresslevel=9, mtime=0)
+
+
+def _gunzip(content: bytes) -> bytes:
+    with contextlib.closing(gzip.GzipFile(fileobj=io.BytesIO(content))) as file:
+        text = file.read(MAX_GRAPH_BYTES + 1)
+    if len(text) > MAX_GRAPH_BYTES:
+        raise CheckpointError(f"a compressed file unpacks to more than {MAX_GRAPH_BYTES} bytes.")
+    return text

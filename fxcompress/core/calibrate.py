@@ -1,0 +1,268 @@
+"""What flows through each site, streamed batch by batch: memory holds the statistics and one batch, never all activations.
+
+    linear sites      H = E[x x^T],  mu = E[x]         summed over tokens in float64, one pair per distinct input node (Q, K, V share theirs)
+    embedding sites   p_r = (n_r - d [n_r > 0]) / N + rest     n_r how often id r was seen; see `row_probabilities`
+                      M = E[g g^T]                     g the gradient of the model's loss at the looked-up row, over a few batches
+
+The last quarter of every batch (or every fourth batch, where batches hold fewer than four examples) is held out: it never enters H or
+p. Sensitivities are probed and predictions are checked on it. Padding, where an attention_mask says so, is left out of everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from fxcompress.core.capture import split_inputs
+from fxcompress.core.divergence import kind_of, mask_of, named_outputs, unmasked
+from fxcompress.core.errors import CalibrationError, InputError
+from fxcompress.core.signature import SignedModule
+from fxcompress.core.site import Site, Statistics
+
+log = logging.getLogger("fxcompress.calibrate")
+
+HELD_OUT_SHARE = 4  # one example in four
+HELD_OUT_EXAMPLES = 64  # at most, so that probing does not grow with the calibration set
+GRADIENT_BATCHES = 4  # M is a (features, features) mean over every token; a few batches settle it
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Moment:
+    """Running sums over the rows of x (rows, in)."""
+
+    count: int = 0
+    total: Tensor | None = None  # (in,) float64
+    second: Tensor | None = None  # (in, in) float64
+
+    def add(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        second, total = (x.T @ x).double(), x.sum(0, dtype=torch.float64)
+        self.second = second if self.second is None else self.second.add_(second)
+        self.total = total if self.total is None else self.total.add_(total)
+        self.count += len(x)
+
+
+@dataclass
+class Calibration:
+    """The statistics of one model on one data set; serves any number of budgets."""
+
+    moments: dict[str, Moment] = field(default_factory=dict)  # by the name of the input node
+    checks: dict[str, Moment] = field(default_factory=dict)  # the same over the held-out examples
+    counts: dict[str, Tensor] = field(default_factory=dict)  # by the name of the ids node: (rows,) float64
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # by the name of the lookup node: sum g g^T
+    held_out: list[Call] = field(default_factory=list)
+    examples: int = 0
+    calibrated: bool = True  # False: there was no data, held_out are the example inputs
+    has_held_out: bool = True  # False: too little data, held_out are part of what was calibrated on
+
+    @property
+    def held_out_examples(self) -> int:
+        return sum(_examples(call) for call in self.held_out)
+
+    def statistics(self, site: Site) -> Statistics:
+        """What was seen at `site`; uses that saw nothing add nothing."""
+        fit, check = (_pooled(of, site) for of in (self.moments, self.checks))
+        ids = [self.counts[u.x.name] for u in site.uses if u.kind == "embedding" and u.x.name in self.counts]
+        rows = row_probabilities(torch.stack(ids).sum(0)) if ids else None
+        grads = [self.gradients[u.node.name] for u in site.uses if u.node.name in self.gradients]
+        metric = torch.stack(grads).sum(0) if grads else None
+        second, mean = fit or (None, None)
+        return Statistics(second, mean, check, rows, metric)
+
+
+def _pooled(moments: dict[str, Moment], site: Site) -> tuple[Tensor, Tensor] | None:
+    """E[x x^T], E[x] over all linear uses of the site."""
+    seen = [moments[u.x.name] for u in site.uses if u.kind == "linear" and u.x.name in moments]
+    count = sum(m.count for m in seen)
+    if not count:
+        return None
+    second, total = (torch.stack([t for m in seen if (t := getattr(m, name)) is not None]).sum(0) for name in ("second", "total"))
+    return second / count, total / count
+
+
+def row_probabilities(counts: Tensor) -> Tensor:
+    """Good-Turing: rows never seen share the probability N_1 / N of meeting one (N_1 rows were seen once); the seen keep the rest.
+
+    Good, The population frequencies of species, Biometrika 1953. A table judged only by the rows it saw would starve all others.
+    """
+    n = float(counts.sum())
+    if n == 0:
+        return torch.full_like(counts, 1 / len(counts))
+    unseen = int((counts == 0).sum())
+    missing = min(0.5, max(1.0, float((counts == 1).sum())) / n) if unseen else 0.0
+    return torch.where(counts == 0, missing / max(unseen, 1), counts * (1 - missing) / n)
+
+
+def calibrate(gm: SignedModule, sites: Sequence[Site], batches: Iterable[Any], progress: bool = True) -> Calibration:
+    """Run every batch once. Raises `CalibrationError` for empty data, a batch that does not fit, or NaN activations."""
+    result = Calibration()
+    observer = _Observer(gm, sites, result.moments, result.counts)
+    total = len(batches) if hasattr(batches, "__len__") else None
+    gradient_batches: list[Call] = []
+    for index, batch in enumerate(tqdm(batches, "calibrate", total, unit="batch", disable=not progress, leave=False)):
+        call = bind_batch(gm, batch, index)
+        fit, held = _split(call, index, room=HELD_OUT_EXAMPLES - sum(_examples(c) for c in result.held_out))
+        if held is not None:
+            result.held_out.append(held)
+            result.examples += _examples(held)
+        if fit is None:
+            continue
+        result.examples += _examples(fit)
+        observer.observe(fit, index)
+        if len(gradient_batches) < GRADIENT_BATCHES:
+            gradient_batches.append(fit)
+    if result.examples == 0:
+        raise CalibrationError("calibration is empty: give at least one batch of inputs, or calibration=None to go without data.")
+    if not result.held_out:
+        log.warning("calibration holds too few examples to hold any out; predictions are checked on the same data.")
+        result.held_out, result.has_held_out = gradient_batches[:1], False
+    if not gradient_batches:
+        observer.observe(result.held_out[0], 0)
+    if result.has_held_out:
+        checker = _Observer(gm, sites, result.checks, {})
+        for call in result.held_out:
+            checker.observe(call, 0)
+    result.gradients = lookup_gradients(gm, sites, gradient_batches)
+    return result
+
+
+def bind_batch(gm: SignedModule, batch: Any, index: int) -> Call:
+    """One batch in the captured form, checked."""
+    try:
+        args, kwargs = gm.signature.bind(*split_inputs(batch))
+        gm.signature.check(args, kwargs)
+    except InputError as error:
+        raise CalibrationError(f"calibration batch {index} does not fit the model: {error}") from None
+    return args, kwargs
+
+
+class _Observer(fx.Interpreter):
+    """Adds the inputs of every site to `moments` and `counts` as the graph runs; values are freed after their last use."""
+
+    def __init__(
+        self, gm: SignedModule, sites: Sequence[Site], moments: dict[str, Moment], counts: dict[str, Tensor]
+    ) -> None:
+        super().__init__(gm)
+        uses = [(site, use) for site in sites for use in site.uses]
+        self.linear = {use.x.name: site for site, use in uses if use.kind == "linear"}
+        self.lookup = {use.x.name: site for site, use in uses if use.kind == "embedding"}
+        self.moments, self.counts = moments, counts
+        self.mask: Tensor | None = None
+        self.index = 0
+
+    def observe(self, call: Call, index: int) -> None:
+        self.mask, self.index = mask_of(call[1]), index
+        with torch.no_grad():
+            self.run(*pytree.tree_leaves(call), enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.linear:
+            moment = self.moments.setdefault(n.name, Moment())
+            moment.add(unmasked(value, self.mask))
+            if not bool(torch.isfinite(moment.total).all()):  # type: ignore[arg-type]
+                site = self.linear[n.name].name
+                raise CalibrationError(f"calibration batch {self.index} makes the input of {site} NaN or infinite; remove that batch.")
+        if n.name in self.lookup:
+            ids = value if self.mask is None or value.shape != self.mask.shape else value[self.mask.bool()]
+            rows = self.lookup[n.name].rows
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+                raise CalibrationError(f"calibration batch {self.index} looks up id {int(ids.max())} in {self.lookup[n.name].name}, "
+                                       f"which has {rows} rows.")  # fmt: skip
+            seen = torch.bincount(ids.reshape(-1), minlength=rows).double()
+            self.counts[n.name] = self.counts.get(n.name, 0) + seen
+        return value
+
+
+def lookup_gradients(gm: SignedModule, sites: Sequence[Site], calls: Sequence[Call]) -> dict[str, Tensor]:
+    """sum g g^T (columns, columns) at every embedding lookup, g the gradient of a random direction of the output.
+
+    With r ~ N(0, I) per output element, E[g g^T] = J^T J: how the squared output error reacts to an error of the row. For logits r is
+    onehot(sample) - p, and E[g g^T] is the Fisher information, the second order of the KL.
+    """
+    lookups = [use.node.name for site in sites for use in site.uses if use.kind == "embedding"]
+    sums: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for call in calls if lookups else ():
+        runner = _LeafLookups(gm, lookups)
+        with torch.enable_grad():
+            outputs = named_outputs(runner.run_call(call), mask_of(call[1]))
+            direction = sum(
+                (_random_direction(y, kind_of(outputs), generator) * y).sum() for y in outputs.values() if y.requires_grad
+            )
+            if not isinstance(direction, Tensor):
+                continue
+            leaves = list(runner.leaves.items())
+            grads = torch.autograd.grad(direction, [leaf for _, leaf in leaves], allow_unused=True)
+        for (name, _), grad in zip(leaves, grads):
+            if grad is not None:
+                g = unmasked(grad, mask_of(call[1])).reshape(-1, grad.shape[-1]).double()
+                sums[name] = sums.get(name, torch.zeros(g.shape[1], g.shape[1], dtype=torch.float64)) + g.T @ g
+    return {name: total for name, total in sums.items() if bool(torch.isfinite(total).all()) and float(total.trace()) > 0}
+
+
+class _LeafLookups(fx.Interpreter):
+    """Runs the graph with every embedding lookup cut off from what is before it, and asked for its gradient."""
+
+    def __init__(self, gm: SignedModule, lookups: Sequence[str]) -> None:
+        super().__init__(gm)
+        self.names, self.leaves = set(lookups), dict[str, Tensor]()
+
+    def run_call(self, call: Call) -> Any:
+        output = self.run(*pytree.tree_leaves(call), enable_io_processing=False)
+        return pytree.tree_unflatten(list(output), self.module._out_spec)  # type: ignore[arg-type]
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "get_attr":
+            return value.detach()
+        if n.name in self.names:
+            self.leaves[n.name] = value = value.detach().requires_grad_()
+        return value
+
+
+def _random_direction(y: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    if kind == "kl":
+        p = y.detach().float().softmax(-1)
+        drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
+        return torch.nn.functional.one_hot(drawn, p.shape[-1]).to(y.dtype) - p.to(y.dtype)
+    noise = torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y.dtype)
+    return noise / y.detach().norm().clamp_min(1e-30)
+
+
+def _split(call: Call, index: int, room: int) -> tuple[Call | None, Call | None]:
+    """-> (for the statistics, held out); either may be None."""
+    count = _examples(call)
+    if room <= 0:
+        return call, None
+    if count < HELD_OUT_SHARE:
+        return (None, call) if index % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 else (call, None)
+    cut = count - min(room, count // HELD_OUT_SHARE)
+    return _rows(call, slice(0, cut)), _rows(call, slice(cut, count))
+
+
+def _examples(call: Call) -> int:
+    """Rows of the batch; 1 where its tensors do not share a first dimension."""
+    sizes = {t.shape[0] if t.dim() else 1 for t in pytree.tree_leaves(call) if isinstance(t, Tensor)}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _rows(call: Call, rows: slice) -> Call:
+    cut: Call = pytree.tree_map(lambda t: t[rows] if isinstance(t, Tensor) else t, call)
+    return cut
+
+
+def take(calls: Sequence[Call], examples: int) -> list[Call]:
+    """Whole calls from the front until `examples` are reached."""
+    sizes = itertools.accumulate(_examples(c) for c in calls)
+    return [call for call, so_far in zip(calls, sizes) if so_far - _examples(call) < examples]

@@ -1,0 +1,43 @@
+"""What can go wrong, one class each. Every message says what was found, what was wanted and what to do."""
+
+from __future__ import annotations
+
+
+class FxcompressError(Exception):
+    """Base of every error fxcompress raises on purpose."""
+
+
+class BudgetError(FxcompressError, ValueError):
+    """A budget that means nothing: `"fast"`, 0, negative, `"0.5x"`."""
+
+
+class InfeasibleBudgetError(FxcompressError, ValueError):
+    """A budget no choice of rewrites can meet; the message states the achievable range."""
+
+
+class CaptureError(FxcompressError):
+    """torch.export could not turn the model into a graph; the message names the model's line."""
+
+
+class InputError(FxcompressError, ValueError):
+    """Inputs that do not fit what was captured."""
+
+
+class CalibrationError(FxcompressError, ValueError):
+    """Calibration batches that are empty, of the wrong shape, or make the model produce NaN."""
+
+
+class NonFiniteError(FxcompressError, ValueError):
+    """NaN or infinity in a weight."""
+
+
+class SpecError(FxcompressError, ValueError):
+    """The text of a rewrite that does not parse, or names a rewrite that does not exist."""
+
+
+class PlanError(FxcompressError, ValueError):
+    """A plan that does not fit the model it is applied to."""
+
+
+class CheckpointError(FxcompressError):
+    """A folder that is not a whole fxcompress checkpoint, or could not be written."""

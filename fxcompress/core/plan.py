@@ -1,0 +1,221 @@
+"""A plan is data: which rewrite at which site, every candidate that was weighed, and why the others lost.
+
+    predicted loss  = sum over sites of the chosen candidates' losses        (fxcompress.core.divergence says what loss means)
+    predicted bytes = sum of the chosen candidates' bytes + fixed bytes      (everything no rewrite touches, and the files around it)
+
+It prints as a table, saves as JSON (the same bytes on every run with the same inputs), slices (`plan[:n]` applies the first n choices
+only: halving n finds the choice that broke a model), and replays through `compile(model, plan=plan)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fxcompress.core.budget import Budget
+from fxcompress.core.divergence import Kind, readable
+from fxcompress.core.errors import PlanError
+from fxcompress.core.units import format_bytes
+
+FORMAT = 1
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One recipe at one site, priced."""
+
+    site: str
+    spec: str  # "keep", "quantize{bits=4, group_size=64}", ...
+    bytes: int  # stored
+    flops: float  # of one forward at the captured sizes
+    error: float  # of the site, ||y - y'|| / ||y||
+    loss: float  # predicted, of the model, when only this site is rewritten
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What a plan remembers of a site, to print it and to tell whether it fits a model."""
+
+    name: str
+    kind: str  # linear, embedding, tied
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """choices: one candidate a site, in graph order. Sites a slice cut off are kept as they are."""
+
+    sites: tuple[SiteInfo, ...]
+    choices: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]
+    refusals: tuple[tuple[str, str, str], ...]  # (site, rewrite, why)
+    budget: Budget
+    original_bytes: int
+    fixed_bytes: int
+    kind: Kind
+    calibrated: bool
+    gap: float
+
+    def __getitem__(self, index: slice) -> Plan:
+        return dataclasses.replace(self, choices=self.choices[index])
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    def spec_of(self, site: str) -> str:
+        """The chosen recipe's text; "keep" for a site the plan leaves alone."""
+        return next((c.spec for c in self.choices if c.site == site), KEEP)
+
+    @property
+    def predicted_bytes(self) -> int:
+        chosen = {c.site for c in self.choices}
+        kept = sum(c.bytes for c in self.candidates if c.spec == KEEP and c.site not in chosen)
+        return self.fixed_bytes + kept + sum(c.bytes for c in self.choices)
+
+    @property
+    def predicted_loss(self) -> float:
+        return sum(c.loss for c in self.choices)
+
+    @property
+    def predicted_error(self) -> float:
+        return readable(self.predicted_loss, self.kind)
+
+    def explain(self, site: str) -> str:
+        """Every candidate of one site, best loss first, with why it lost."""
+        info = next((s for s in self.sites if s.name == site), None)
+        if info is None:
+            near = ", ".join(s.name for s in self.sites[:8])
+            raise PlanError(f"no site is called {site!r}; there are {len(self.sites)}: {near}{', …' if len(self.sites) > 8 else ''}.")
+        mine = sorted((c for c in self.candidates if c.site == site), key=lambda c: (c.loss, c.bytes))
+        chosen = self.spec_of(site)
+        pick = next(c for c in mine if c.spec == chosen)
+        rows = [(c.spec, format_bytes(c.bytes), f"{c.error:.4f}", f"{c.loss:.3g}", _why(c, pick, mine)) for c in mine]
+        table = tabulate(rows, headers=["rewrite", "bytes", "site error", "model loss", "verdict"], disable_numparse=True)
+        refused = [f"refused: {name}: {why}" for at, name, why in self.refusals if at == site]
+        return "\n".join([f"{site}: {info.kind}, {info.rows} x {info.columns}", "", table, *refused])
+
+    def __str__(self) -> str:
+        by_name = {s.name: s for s in self.sites}
+        keeps = {c.site: c.bytes for c in self.candidates if c.spec == KEEP}
+        total = self.predicted_loss or 1.0
+        rows = [
+            (
+                c.site,
+                f"{by_name[c.site].rows} x {by_name[c.site].columns}",
+                c.spec,
+                format_bytes(c.bytes),
+                f"{c.bytes / keeps[c.site]:.0%}",
+                f"{c.error:.4f}",
+                f"{c.loss / total:.1%}",
+            )
+            for c in self.choices
+        ]
+        rows.append(("everything else", "", "", format_bytes(self.fixed_bytes), "", "", ""))
+        unit = "nats of KL" if self.kind == "kl" else "relative output error"
+        head = f"plan: {self.budget}" + ("" if self.calibrated else "   (not calibrated: errors are of the weights alone)")
+        heads = ["site", "shape", "rewrite", "bytes", "share", "site error", "of model loss"]
+        tail = (
+            f"total {format_bytes(self.original_bytes)} -> {format_bytes(self.predicted_bytes)} "
+            f"({self.original_bytes / self.predicted_bytes:.2f}x), predicted {unit} {self.predicted_error:.4f}, "
+            f"optimal within {self.gap:.1e}"
+        )
+        table = tabulate(rows, headers=heads, disable_numparse=True, colalign=("left", "left", "left", *("right",) * 4))
+        return "\n".join([head, "", table, "", tail, *_refusal_lines(self.refusals)])
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        order = [f.name for f in dataclasses.fields(Candidate)]
+        for key in ("choices", "candidates"):
+            data[key] = [[_rounded(entry[name]) for name in order] for entry in data[key]]
+        data["sites"] = [list(s.values()) for s in data["sites"]]
+        return {"format": FORMAT, **data}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Raises `PlanError` for anything `to_json` did not write."""
+        try:
+            if data["format"] != FORMAT:
+                raise PlanError(f"the plan has format {data['format']!r}; this version reads format {FORMAT}.")
+            return cls(
+                tuple(SiteInfo(*entry) for entry in data["sites"]),
+                tuple(Candidate(*entry) for entry in data["choices"]),
+                tuple(Candidate(*entry) for entry in data["candidates"]),
+                tuple((str(a), str(b), str(c)) for a, b, c in data["refusals"]),
+                Budget(**data["budget"]),
+                int(data["original_bytes"]),
+                int(data["fixed_bytes"]),
+                data["kind"],
+                bool(data["calibrated"]),
+                float(data["gap"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"this is no plan written by Plan.save: {type(error).__name__} {error}.") from None
+
+    def to_text(self) -> str:
+        """The saved form: JSON, one candidate a line."""
+        data = self.to_json()
+        lists = ("sites", "choices", "candidates", "refusals")
+        parts = [f'"{k}": {json.dumps(v)}' for k, v in data.items() if k not in lists]
+        for key in lists:
+            body = ",\n  ".join(json.dumps(entry) for entry in data[key])
+            parts.append(f'"{key}": [\n  {body}\n ]' if body else f'"{key}": []')
+        return "{\n " + ",\n ".join(parts) + "\n}\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, all of it or nothing."""
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(self.to_text(), encoding="utf-8")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what `save` wrote. Raises `PlanError`."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"{path} cannot be read as a plan: {error}.") from None
+        if not isinstance(data, dict):
+            raise PlanError(f"{path} is no plan written by Plan.save: it holds a {type(data).__name__}.")
+        return cls.from_json(data)
+
+
+def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
+    if c is pick:
+        return "chosen"
+    better = next((o for o in all_of_site if o.bytes <= c.bytes and o.loss <= c.loss and o is not c and o != c), None)
+    if better is not None:
+        return f"dominated by {better.spec}"
+    if c.bytes > pick.bytes:
+        return f"{format_bytes(c.bytes - pick.bytes)} more; those bytes save more loss at other sites"
+    return f"{c.loss - pick.loss:.2g} more loss; other sites give up bytes more cheaply"
+
+
+def _refusal_lines(refusals: tuple[tuple[str, str, str], ...]) -> list[str]:
+    """One line a reason, the sites it holds for counted."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for site, rewrite, why in refusals:
+        reasons.setdefault((rewrite, why), []).append(site)
+    return [
+        f"refused: {rewrite} at {sites[0] if len(sites) == 1 else f'{len(sites)} sites'}: {why}"
+        for (rewrite, why), sites in reasons.items()
+    ]
+
+
+def _rounded(value: Any) -> Any:
+    """Ten significant digits: the file must not tell two runs apart by the last bit of a sum."""
+    return float(f"{value:.9e}") if isinstance(value, float) else value

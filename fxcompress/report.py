@@ -1,0 +1,83 @@
+"""Predicted beside measured: bytes, the model's error on held-out batches, and each site's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from fxcompress.core.divergence import Kind
+from fxcompress.core.units import format_bytes
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site: what was chosen, and what came of it."""
+
+    site: str
+    spec: str
+    predicted_bytes: int
+    measured_bytes: int
+    predicted_error: float  # of the site, ||y - y'|| / ||y||
+    measured_error: float  # the same, of the tensors that were stored
+
+
+@dataclass(frozen=True)
+class Report:
+    """bytes are of every file `save` writes; errors are the model's on the held-out examples (see `kind`)."""
+
+    budget: str
+    original_bytes: int
+    predicted_bytes: int
+    measured_bytes: int
+    kind: Kind  # "relative": ||y - y'|| / ||y|| of the outputs; "kl": nats between the original's predictions and these
+    predicted_error: float
+    measured_error: float
+    examples: int  # held-out examples the errors are of
+    held_out: bool  # False: too little data to hold any out
+    calibrated: bool
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def ratio(self) -> float:
+        """original bytes / measured bytes."""
+        return self.original_bytes / self.measured_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        return cls(**{**data, "sites": tuple(SiteReport(**s) for s in data["sites"])})
+
+    def __str__(self) -> str:
+        unit = "KL, nats" if self.kind == "kl" else "output error"
+        off = (self.measured_error - self.predicted_error) / self.predicted_error if self.predicted_error else 0.0
+        rows = [
+            ("bytes on disk", format_bytes(self.predicted_bytes), format_bytes(self.measured_bytes),
+             f"{(self.measured_bytes - self.predicted_bytes) / self.predicted_bytes:+.1%}"),
+            (unit, f"{self.predicted_error:.4g}", f"{self.measured_error:.4g}", f"{off:+.1%}"),
+        ]  # fmt: skip
+        table = tabulate(rows, headers=["", "predicted", "measured", "off by"], disable_numparse=True)
+        on = f"{self.examples} {'held-out' if self.held_out else 'calibration'} examples" if self.calibrated else "the example inputs, for want of calibration data"
+        return (
+            f"report: {self.budget}; {format_bytes(self.original_bytes)} -> {format_bytes(self.measured_bytes)} ({self.ratio:.2f}x)\n\n"
+            f"{table}\n\nerror measured on {on}"
+        )
+
+    def table(self) -> str:
+        """Every site, predicted beside measured."""
+        rows = [
+            (s.site, s.spec, format_bytes(s.predicted_bytes), format_bytes(s.measured_bytes),
+             f"{s.predicted_error:.4f}", f"{s.measured_error:.4f}")
+            for s in self.sites
+        ]  # fmt: skip
+        heads = ["site", "rewrite", "bytes predicted", "measured", "error predicted", "measured"]
+        return tabulate(rows, headers=heads, disable_numparse=True)
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json())

@@ -1,0 +1,143 @@
+"""Low-rank factorization:  W (out, in)  ->  U (out, rank) V (rank, in)
+
+    y = x W^T + b     becomes     y = (x V^T) U^T + b
+
+Only the products x W^T that the model really forms have to survive, so W is factored in the metric of its inputs. With
+G = S S^T (Cholesky; fxcompress.core.metric says what G is) and W S = P diag(s) Q^T (SVD), the rank-r minimiser of
+tr((W - U V) G (W - U V)^T) is
+
+    U = P_r diag(s_r)      V = Q_r^T S^-1      with error exactly   s_{r+1}^2 + ... + s_k^2
+
+(Eckart-Young, applied to W S). Without calibration G = I and this is the plain truncated SVD. For an embedding the rows are weighted
+by their probability p as well: sqrt(p) W S is factored, and U is divided by sqrt(p) again.
+
+V is stored first. Whatever storing did to it, U is then the least-squares answer to the stored V':
+U = W G V'^T (V' G V'^T)^-1, so a quantized V costs less than its own rounding error.
+
+            flops                     weight elements      wins below
+    dense   2 tokens out in           out in
+    here    2 tokens rank (out+in)    rank (out + in)      rank < out in / (out + in)
+
+Papers: Wang et al., SVD-LLM, ICLR 2025 (arXiv 2403.07378), truncation-aware whitening; Chen et al., DRONE, NeurIPS 2021, the same
+minimiser; Cahyawijaya, Greenformers, 2021, low rank for transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, fx
+
+import fxcompress.codegen.ops.low_rank_linear as op
+from fxcompress.core.cost import Cost
+from fxcompress.core.errors import SpecError
+from fxcompress.core.metric import Metric, rounding_metric
+from fxcompress.core.rewrite import Operand, Store, Structure
+from fxcompress.core.site import Site, Use, tokens_of
+
+RANK_STEPS = 16  # instances a site is offered, evenly spaced up to the largest useful rank
+DAMPING = 1e-4  # of mean(diag G), so that directions never seen in calibration keep a metric
+
+
+class WhitenedSVD(NamedTuple):
+    """diag(sqrt p) W S = P diag(s) Q^T."""
+
+    p: Tensor  # (rows, k)
+    s: Tensor  # (k,) descending
+    qt: Tensor  # (k, columns)
+    factor: Tensor | None  # S (columns, columns) lower triangular; None is the identity
+    row_root: Tensor | None  # sqrt(p) (rows, 1)
+
+
+def whitened_svd(site: Site) -> WhitenedSVD:
+    """In float64: forming G squares the condition number of the inputs."""
+    w, metric, row_root, chol = site.weight.double(), rounding_metric(site).columns, None, None
+    if site.kind == "embedding" and site.statistics.row_weight is not None:
+        row_root = site.statistics.row_weight.clamp_min(1e-12).sqrt().unsqueeze(1)
+        w = w * row_root
+    if metric is not None:
+        chol = torch.linalg.cholesky(damped(metric, DAMPING))
+        w = w @ chol
+    p, s, qt = torch.linalg.svd(w, full_matrices=False)
+    return WhitenedSVD(p, s, qt, chol, row_root)
+
+
+def damped(metric: Tensor, share: float) -> Tensor:
+    """metric + share mean(diag) I; positive definite even where every input was zero."""
+    level = share * metric.diagonal().mean() + torch.finfo(metric.dtype).tiny**0.5
+    return metric + level * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+
+
+@dataclass(frozen=True)
+class LowRank(Structure):
+    """U V of rank `rank`; the site keeps its bias."""
+
+    name: ClassVar[str] = "low_rank"
+    paper: ClassVar[str] = "arXiv 2403.07378"
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise SpecError(f"low_rank rank={self.rank!r} must be a whole number of at least 1.")
+
+    @classmethod
+    def refuses(cls, site: Site) -> str | None:
+        if min(site.rows, site.columns) < 2:
+            return f"a {site.rows} x {site.columns} weight has no rank to lose"
+        return None
+
+    @classmethod
+    def space(cls, site: Site) -> Iterator[Self]:
+        """Ranks in even steps up to 3/4 of full: above break-even they still pay once the factors are quantized."""
+        top = max(1, min(site.rows, site.columns) * 3 // 4)
+        yield from (cls(rank) for rank in sorted({max(1, top * i // RANK_STEPS) for i in range(1, RANK_STEPS + 1)}))
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, int]]:
+        return {"v": (self.rank, site.columns), "u": (site.rows, self.rank)}
+
+    def error_bound(self, site: Site) -> float:
+        squares = site.analysis(whitened_svd).s.square()
+        total = float(squares.sum())
+        return float(squares[self.rank :].sum()) / total if total > 0 else 0.0
+
+    def factor(self, site: Site, store: Store) -> Tensor:
+        if self.rank > min(site.rows, site.columns):
+            raise SpecError(f"low_rank{{rank={self.rank}}} at {site.name}: the weight is {site.rows} x {site.columns}, "
+                            f"so rank must be 1 to {min(site.rows, site.columns)}.")  # fmt: skip
+        p, s, qt, chol, row_root = site.analysis(whitened_svd)
+        u, v = p[:, : self.rank] * s[: self.rank], qt[: self.rank]
+        if chol is not None:  # V S = Q^T  =>  V = Q^T S^-1
+            v = torch.linalg.solve_triangular(chol, v, upper=False, left=False)
+        if row_root is not None:
+            u = u / row_root
+        # Split the scale evenly, so that neither factor leaves the range of float16.
+        balance = (u.norm(dim=0) / v.norm(dim=1)).sqrt().clamp_min(1e-30)
+        metric = rounding_metric(site).columns
+        stored_v = store("v", (v * balance.unsqueeze(1)).to(site.weight.dtype), Metric(metric)).double()
+        u = _refit(site.weight.double(), stored_v, metric, fallback=u / balance)
+        gram = stored_v @ stored_v.T if metric is None else stored_v @ metric @ stored_v.T
+        stored_u = store("u", u.to(site.weight.dtype), Metric(gram, rounding_metric(site).rows))
+        return stored_u.double() @ stored_v
+
+    def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
+        if use.kind == "embedding":
+            rows = operands["u"].lookup(use.x)
+            transposed = graph.call_function(torch.ops.aten.t.default, (operands["v"].read(),))
+            return graph.call_function(torch.ops.aten.linear.default, (rows, transposed))
+        args = (use.x, operands["v"].read(), operands["u"].read())
+        return graph.call_function(torch.ops.fxcompress.low_rank_linear.default, (*args, bias) if bias is not None else args)
+
+    def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
+        return op.cost(tokens_of(use), rows, columns, self.rank, weight_bytes, itemsize)
+
+
+def _refit(w: Tensor, v: Tensor, metric: Tensor | None, fallback: Tensor) -> Tensor:
+    """U = W G V^T (V G V^T)^-1, the least-squares factor for the V that was stored."""
+    vg = v if metric is None else v @ damped(metric, DAMPING)
+    gram = damped(vg @ v.T, 1e-9)
+    u: Tensor = torch.linalg.solve(gram, vg @ w.T).T
+    return u if bool(torch.isfinite(u).all()) else fallback

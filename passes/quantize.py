@@ -1,0 +1,131 @@
+"""Blockwise quantization:  W  ->  integer codes of 8, 4, 3 or 2 bits, a scale and a zero for every `group_size` weights of a row.
+
+    w' = s (q - z)        stored: bits + 12 / group_size bits a weight (fxcompress.codegen.ops.dequantize)
+
+The rounding minimises the error in the metric of the site's inputs (fxcompress.passes.rounding): error feedback where calibration gave a
+metric, MSE-optimal scales and zeros where it did not. 8 bits are rounded to nearest: what is left is a thousandth.
+
+Papers: Frantar et al., GPTQ, ICLR 2023 (arXiv 2210.17323); Badri & Shaji, HQQ, 2023 (zeros and scales by optimisation, no data);
+Behdin et al., QuantEase (arXiv 2309.01885); blockwise scales for every tensor: BCT (arXiv 2304.01483).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.codegen.ops.dequantize import dequantize, stored_bytes
+from fxcompress.codegen.packing import BITS, pack
+from fxcompress.core.errors import SpecError
+from fxcompress.core.metric import Metric, local_error, rounding_metric
+from fxcompress.core.rewrite import Storage
+from fxcompress.core.site import Site
+from fxcompress.passes import rounding
+from fxcompress.passes.rounding import Curvature, Grid
+
+GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row
+TRIED = ((2, 0), (2, 128), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 0))
+MIN_WEIGHTS = 64  # below it, scales and names cost more than the codes save
+
+
+@dataclass(frozen=True)
+class Quantize(Storage):
+    """`bits` a code, one scale and zero for every `group_size` weights of a row (0: one a row)."""
+
+    name: ClassVar[str] = "quantize"
+    paper: ClassVar[str] = "arXiv 2210.17323"
+    keys: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros", "grid")
+
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise SpecError(f"quantize bits={self.bits!r}: allowed are {', '.join(map(str, BITS))}.")
+        if self.group_size not in GROUP_SIZES:
+            raise SpecError(f"quantize group_size={self.group_size!r}: allowed are 32, 64, 128, and 0 for the whole row.")
+
+    @classmethod
+    def refuses(cls, site: Site) -> str | None:
+        if site.weight.numel() < MIN_WEIGHTS:
+            return f"{site.weight.numel()} weights are too few for a grid of their own"
+        return None
+
+    @classmethod
+    def space(cls, site: Site) -> Iterator[Self]:
+        """Cheapest first; a group as long as the row is offered once, as the whole row."""
+        fits = [cls(bits, group) for bits, group in TRIED if group < site.columns]
+        yield from sorted(fits, key=lambda q: (q.stored_bytes(site.rows, site.columns, 0), q.bits))
+
+    @classmethod
+    def for_factors(cls, site: Site) -> tuple[Self, ...]:
+        return cls(4, 64), cls(8, 0)
+
+    @classmethod
+    def dense_errors(cls, site: Site) -> dict[Self, float]:
+        """All bit widths of a group size are rounded in one pass."""
+        made = dict(_round_all(site.weight, rounding_metric(site), [*cls.space(site)]))
+        return {q: local_error(site, made[q]) for q in cls.space(site)}
+
+    def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
+        return stored_bytes(rows, columns, self.bits, self._group(columns))
+
+    def encode(self, matrix: Tensor, metric: Metric) -> dict[str, Tensor]:
+        """codes (rows, packed), scales (rows, groups), zeros (rows, groups / 2) uint8, grid (2,) float32."""
+        x = matrix.float().T.contiguous()
+        codes, grid = _round(x, metric, [self], None if metric.columns is None else rounding.curvature(metric.columns))[0]
+        return {
+            "codes": pack(codes.T.contiguous(), self.bits),
+            "scales": grid.scale_codes.T.contiguous(),
+            "zeros": pack(grid.zero_codes.T.contiguous(), 4),
+            "grid": torch.tensor([grid.base, grid.step], dtype=torch.float32),
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        return dequantize(*(tensors[k] for k in self.keys), *self.constants(like))  # type: ignore[arg-type]
+
+    def read(self, graph: fx.Graph, tensors: Mapping[str, fx.Node], like: Tensor) -> fx.Node:
+        args = (*(tensors[k] for k in self.keys), *self.constants(like))
+        return graph.call_function(torch.ops.fxcompress.dequantize.default, args)
+
+    def lookup(self, graph: fx.Graph, tensors: Mapping[str, fx.Node], like: Tensor, ids: fx.Node) -> fx.Node:
+        args = (ids, *(tensors[k] for k in self.keys), *self.constants(like))
+        return graph.call_function(torch.ops.fxcompress.quantized_embedding.default, args)
+
+    def constants(self, like: Tensor) -> tuple[int, int, int, torch.dtype]:
+        """The ops' trailing arguments: bits, group_size, columns, dtype."""
+        return self.bits, self._group(like.shape[1]), like.shape[1], like.dtype
+
+    def _group(self, columns: int) -> int:
+        """0 also where a group would span the row anyway (the thin factors of a low rank)."""
+        return 0 if self.group_size >= columns else self.group_size
+
+
+def _round_all(weight: Tensor, metric: Metric, settings: list[Quantize]) -> Iterator[tuple[Quantize, Tensor]]:
+    """(setting, the weight as it would be read back), group size by group size."""
+    x = weight.float().T.contiguous()
+    curve = None if metric.columns is None else rounding.curvature(metric.columns)
+    for group_size in sorted({q.group_size for q in settings}):
+        mine = [q for q in settings if q.group_size == group_size]
+        for q, (codes, grid) in zip(mine, _round(x, metric, mine, curve)):
+            yield q, rounding.read_back(codes.float(), grid, q._group(len(x)) or len(x)).T
+
+
+def _round(x: Tensor, metric: Metric, settings: list[Quantize], curve: Curvature | None) -> list[tuple[Tensor, Grid]]:
+    """Settings of one group size -> [(uint8 codes (columns, rows), grid)], in order."""
+    columns = len(x)
+    group = settings[0]._group(columns) or columns
+    importance = None if metric.columns is None else metric.columns.diagonal()
+    grids = [rounding.fit(x, q.bits, group, importance) for q in settings]
+    result = [(rounding.nearest(x, g, q.bits, group).to(torch.uint8), g) for q, g in zip(settings, grids) if q.bits == 8 or curve is None]
+    low = [(q, g) for q, g in zip(settings, grids) if q.bits != 8]
+    if curve is not None and low:
+        done = rounding.round_with(x, [g for _, g in low], [q.bits for q, _ in low], group, curve)
+        by_bits = dict(zip((q.bits for q, _ in low), done))
+        plain = iter(result)
+        result = [by_bits[q.bits] if q.bits != 8 else next(plain) for q in settings]
+    return result

@@ -1,0 +1,129 @@
+"""A recipe: how one weight is expressed, and how each matrix of that expression is kept.
+
+    keep                                                    the weight as it is
+    quantize{bits=4, group_size=64}                         dense, quantized
+    low_rank{rank=80}                                       U V, both in the weight's dtype
+    low_rank{rank=80} | quantize{bits=8, group_size=64}     U V, both quantized
+
+The text is what plans print, save and parse; `parse` is its inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.core.cost import Cost
+from fxcompress.core.errors import SpecError
+from fxcompress.core.metric import Metric, corrected_bias
+from fxcompress.core.rewrite import Operand, Rewrite, Storage, Structure, parse_spec
+from fxcompress.core.site import Site, Use
+from fxcompress.core.surgery import attribute_of, replace
+from fxcompress.passes.dense import Dense
+
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A structure, and one storage for all its matrices (None: the weight's own dtype)."""
+
+    structure: Structure = Dense()
+    storage: Storage | None = None
+
+    def __str__(self) -> str:
+        parts = [str(p) for p in (self.structure, self.storage) if p is not None and not isinstance(p, Dense)]
+        return " | ".join(parts) or KEEP
+
+    @property
+    def is_keep(self) -> bool:
+        return isinstance(self.structure, Dense) and self.storage is None
+
+    def stored_bytes(self, site: Site) -> int:
+        """Bytes of everything that takes the weight's place (the bias is counted elsewhere, changed or not)."""
+        size = site.weight.element_size()
+        shapes = self.structure.shapes(site).values()
+        return sum(self.storage.stored_bytes(r, c, size) if self.storage else r * c * size for r, c in shapes)
+
+    def cost(self, site: Site) -> Cost:
+        """Work of one forward: every use of the site, its weight stored once."""
+        stored, size = self.stored_bytes(site), site.weight.element_size()
+        costs = [self.structure.cost(use, site.rows, site.columns, stored, size) for use in site.uses]
+        total = sum(costs[1:], costs[0])
+        return Cost(total.flops, total.bytes, stored, total.launches)
+
+    def make(self, site: Site) -> Made:
+        """Compute the tensors. Deterministic: the same site gives the same bits."""
+        tensors: dict[str, Tensor] = {}
+        likes: dict[str, Tensor] = {}
+
+        def store(name: str, matrix: Tensor, metric: Metric) -> Tensor:
+            likes[name] = torch.empty_like(matrix, device="meta")
+            if self.storage is None:
+                tensors[name] = matrix.contiguous()
+                return matrix
+            encoded = self.storage.encode(matrix, metric)
+            tensors.update({_key(name, key): tensor for key, tensor in encoded.items()})
+            return self.storage.decode(encoded, matrix)
+
+        weight = self.structure.factor(site, store).to(site.weight.dtype)
+        bias_node = site.uses[0].bias
+        bias = None
+        if bias_node is not None and site.correctable and site.statistics.mean is not None:
+            bias = corrected_bias(site, weight, attribute_of(bias_node))
+        return Made(self, tensors, likes, weight, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A recipe carried out at one site."""
+
+    recipe: Recipe
+    tensors: dict[str, Tensor]  # by attribute name
+    likes: dict[str, Tensor]  # shape and dtype of each matrix, on meta
+    weight: Tensor  # the dense weight it amounts to (rows, columns)
+    bias: Tensor | None  # the bias that absorbs the mean of the error, where there is one
+
+    def apply(self, gm: fx.GraphModule, site: Site) -> None:
+        """Put it into the graph in place of the site's weight."""
+        tensors = self.tensors if self.bias is None else {**self.tensors, "bias": self.bias}
+        replace(gm, site, tensors, self._emit, str(self.recipe))
+
+    def _emit(self, graph: fx.Graph, use: Use, reads: Mapping[str, fx.Node]) -> fx.Node:
+        operands = {name: self._operand(graph, name, like, reads) for name, like in self.likes.items()}
+        return self.recipe.structure.emit(graph, use, operands, reads.get("bias", use.bias))
+
+    def _operand(self, graph: fx.Graph, name: str, like: Tensor, reads: Mapping[str, fx.Node]) -> Operand:
+        storage = self.recipe.storage
+        if storage is None:
+            return Operand(
+                lambda: reads[name],
+                lambda ids: graph.call_function(torch.ops.aten.embedding.default, (reads[name], ids)),
+            )
+        mine = {key: reads[_key(name, key)] for key in storage.keys}
+        return Operand(lambda: storage.read(graph, mine, like), lambda ids: storage.lookup(graph, mine, like, ids))
+
+
+def parse(text: str, known: Iterable[type[Rewrite]]) -> Recipe:
+    """The inverse of `str(recipe)`. Raises `SpecError`."""
+    if text.strip() == KEEP:
+        return Recipe()
+    names = {r.name: r for r in known}
+    structure, storage = None, None
+    for part in text.split("|"):
+        rewrite = parse_spec(part, names)
+        if isinstance(rewrite, Structure) and structure is None and storage is None:
+            structure = rewrite
+        elif isinstance(rewrite, Storage) and storage is None:
+            storage = rewrite
+        else:
+            raise SpecError(f"{text!r}: write at most one structure, then at most one storage, as in 'low_rank{{rank=80}} | quantize{{bits=4, group_size=64}}'.")  # fmt: skip
+    return Recipe(structure or Dense(), storage)
+
+
+def _key(matrix: str, part: str) -> str:
+    """Attribute name of one tensor of one matrix: "codes" of the weight itself, "u_codes" of a factor."""
+    return part if matrix == "weight" else f"{matrix}_{part}"

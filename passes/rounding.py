@@ -1,0 +1,239 @@
+"""Rounding a matrix W (rows, columns) to a grouped grid so that tr(D G D^T), D = W - W', is small.
+
+    w' = s (q - z),   q in 0 .. 2^bits - 1,   one scale s and one zero z a group of a row        (fxcompress.codegen.ops.dequantize)
+
+1. `fit`       s and z of each group by search and Lloyd steps, minimising sum_j G_jj D_j^2; snapped to the grids that are stored.
+2. `feed_back` columns in order of falling G_jj; each column's rounding error is spread over the columns still to come,
+               W_k -= e_j U_jk / U_jj with U the upper Cholesky factor of G^-1 (GPTQ, Frantar et al. 2022, arXiv 2210.17323).
+3. `descend`   one cyclic sweep of exact coordinate descent over the codes (QuantEase, Behdin et al. 2023, arXiv 2309.01885).
+4. `refit`     for the codes found, the least-squares scales of each row in the metric G, snapped again.
+
+Rows never interact, so several bit widths of one group size are extra rows of one pass. Everything works on X = W^T (columns, rows), where a
+column of all rows is one contiguous vector. Without a metric, G = I: columns do not interact either, and only step 1 is left, which is
+the MSE-optimal data-free rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.1  # of mean(diag G): a hundred sentences say little about the smallest directions of 1536
+SCALE_LEVELS = 255
+SCALE_OCTAVES = 16.0  # scales below 2^-16 of the largest are rounded up to it; what they hold does not matter
+_STARTS = (1.0, 0.75)  # shares of the group's range
+_SYMMETRIC_STARTS = (0.65, 0.45, 0.33)  # shares of twice its largest magnitude, around the grid's middle
+_LLOYD_STEPS = 2
+_BLOCK = 32
+ROW_CHUNK = 4096  # rows worked on at once: bounds memory at a few times 4096 columns floats
+
+
+class Grid(NamedTuple):
+    """scale, zero (groups, rows) as they will be read back; their codes uint8; base and step of the scale's logarithm."""
+
+    scale: Tensor
+    zero: Tensor
+    scale_codes: Tensor
+    zero_codes: Tensor
+    base: float
+    step: float
+
+
+class Curvature(NamedTuple):
+    """What steps 2-4 need of G: damped (columns, columns) float32, U of the ordered inverse, the order."""
+
+    damped: Tensor
+    upper: Tensor
+    order: Tensor
+
+
+def curvature(metric: Tensor) -> Curvature:
+    """Factor G once; all bit widths and group sizes share it. float64 inside: the inverse of a moment squares its condition number."""
+    level = DAMPING * metric.diagonal().mean() + torch.finfo(metric.dtype).tiny ** 0.5
+    damped = metric + level * torch.eye(len(metric), dtype=metric.dtype)
+    order = torch.argsort(damped.diagonal(), descending=True, stable=True)
+    lower = torch.linalg.cholesky(damped[order][:, order])
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    scale = damped.diagonal().mean()  # G's unit is no matter; near 1 float32 keeps it
+    return Curvature((damped / scale).float(), (upper * scale.sqrt()).float(), order)
+
+
+def fit(x: Tensor, bits: int, group: int, importance: Tensor | None) -> Grid:
+    """Step 1 for X (columns, rows) float32; importance (columns,) is diag G or None."""
+    parts = [_search(part, bits, group, importance) for part in x.split(ROW_CHUNK, 1)]
+    scale, zero = (torch.cat(t, 1) for t in zip(*parts))
+    return snap(scale, zero, bits)
+
+
+def snap(scale: Tensor, zero: Tensor, bits: int) -> Grid:
+    """Scales to one logarithmic grid a tensor, zeros to sixteenths of the code range."""
+    log = scale.clamp_min(torch.finfo(torch.float32).tiny).log2()
+    log = log.clamp_min(float(log.max()) - SCALE_OCTAVES)
+    base, top = float(log.min()), float(log.max())
+    step = max((top - base) / SCALE_LEVELS, 1e-9)
+    scale_codes = ((log - base) / step).round().clamp(0, SCALE_LEVELS).to(torch.uint8)
+    grid = torch.tensor([base, step], dtype=torch.float32)
+    unit = 2.0**bits / 16
+    zero_codes = ((zero + 0.5) / unit).round().clamp(0, 15).to(torch.uint8)
+    # the very expressions of fxcompress.codegen.ops.dequantize, so that what is rounded against is what is read
+    return Grid(
+        torch.exp2(grid[0] + grid[1] * scale_codes.float()), zero_codes.float() * unit - 0.5, scale_codes, zero_codes, base, step
+    )
+
+
+def nearest(x: Tensor, grid: Grid, bits: int, group: int) -> Tensor:
+    """Codes (columns, rows) float32 of plain rounding."""
+    scale, zero = spread(grid, group, len(x))
+    return (x / scale + zero).round().clamp(0, 2**bits - 1)
+
+
+def spread(grid: Grid, group: int, columns: int) -> tuple[Tensor, Tensor]:
+    """scale, zero per weight (columns, rows)."""
+    return tuple(t.repeat_interleave(group, 0)[:columns] for t in (grid.scale, grid.zero))  # type: ignore[return-value]
+
+
+def read_back(codes: Tensor, grid: Grid, group: int) -> Tensor:
+    """w' (columns, rows) of float codes."""
+    scale, zero = spread(grid, group, len(codes))
+    return (codes - zero) * scale
+
+
+def round_with(x: Tensor, grids: list[Grid], bits: list[int], group: int, curve: Curvature) -> list[tuple[Tensor, Grid]]:
+    """Steps 2-4 for several bit widths of one group size at once -> [(uint8 codes (columns, rows), grid)]."""
+    parts: list[list[tuple[Tensor, Tensor]]] = []
+    for start in range(0, x.shape[1], ROW_CHUNK):
+        rows = slice(start, start + ROW_CHUNK)
+        cut = [g._replace(scale=g.scale[:, rows], zero=g.zero[:, rows]) for g in grids]
+        parts.append(_round_rows(x[:, rows], cut, bits, group, curve))
+    result = []
+    for i, (grid, b) in enumerate(zip(grids, bits)):
+        codes, scale = (torch.cat([part[i][k] for part in parts], 1) for k in (0, 1))
+        result.append((codes, snap(scale, grid.zero, b)))
+    return result
+
+
+def _round_rows(x: Tensor, grids: list[Grid], bits: list[int], group: int, curve: Curvature) -> list[tuple[Tensor, Tensor]]:
+    """-> per bit width (uint8 codes, refitted scales) of a few thousand rows."""
+    columns, rows = x.shape
+    scale, zero = (torch.cat(t, 1) for t in zip(*(spread(g, group, columns) for g in grids)))
+    top = torch.cat([torch.full((rows,), 2.0**b - 1) for b in bits])
+    stacked = x.repeat(1, len(bits))
+    codes = descend(stacked, feed_back(stacked, scale, zero, top, curve), scale, zero, top, curve.damped)
+    split = codes.split(rows, 1)
+    return [(q.to(torch.uint8), refit(x, q, grid, group, curve.damped)) for q, grid in zip(split, grids)]
+
+
+def feed_back(x: Tensor, scale: Tensor, zero: Tensor, top: Tensor, curve: Curvature) -> Tensor:
+    """Step 2 -> codes (columns, rows)."""
+    columns, rows = x.shape
+    u, order = curve.upper, curve.order
+    w, s, z = x[order], scale[order], zero[order]
+    q = torch.empty_like(w)
+    for a in range(0, columns, _BLOCK):
+        b = min(a + _BLOCK, columns)
+        errors = torch.empty(b - a, rows)
+        for j in range(a, b):
+            q[j] = torch.minimum((w[j] / s[j] + z[j]).round_().clamp_min_(0), top)
+            torch.sub(w[j], (q[j] - z[j]).mul_(s[j]), out=errors[j - a])
+            errors[j - a].div_(u[j, j])
+            if j + 1 < b:
+                w[j + 1 : b].addr_(u[j, j + 1 : b], errors[j - a], alpha=-1)
+        if b < columns:
+            w[b:].addmm_(u[a:b, b:].T, errors, alpha=-1)
+    codes = torch.empty_like(q)
+    codes[order] = q
+    return codes
+
+
+def descend(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, top: Tensor, damped: Tensor) -> Tensor:
+    """Step 3: each code in turn to its best value with all others fixed. Changes `codes` and returns it."""
+    columns = len(x)
+    d = (codes - zero) * scale - x
+    for a in range(0, columns, _BLOCK):
+        b = min(a + _BLOCK, columns)
+        gradient, block = damped[a:b] @ d, damped[a:b, a:b]
+        for j in range(a, b):
+            best = d[j] + x[j] - gradient[j - a] / block[j - a, j - a]
+            q = torch.minimum((best / scale[j] + zero[j]).round_().clamp_min_(0), top)
+            change = (q - codes[j]).mul_(scale[j])
+            codes[j] = q
+            d[j] += change
+            if j + 1 < b:
+                gradient[j + 1 - a :].addr_(block[j + 1 - a :, j - a], change)
+    return codes
+
+
+def refit(x: Tensor, codes: Tensor, grid: Grid, group: int, damped: Tensor) -> Tensor:
+    """Step 4: scales (groups, rows) with  min_s tr((C s - X)^T G (C s - X)),  C = q - z;  a small ridge keeps them near the old ones."""
+    columns, rows = x.shape
+    groups = len(grid.scale)
+    _, zero = spread(grid, group, columns)
+    c = codes - zero
+    right = _by_group(c * (damped @ x), group).T  # (rows, groups)
+    normal = torch.empty(rows, groups, groups)
+    for i in range(groups):
+        part = slice(i * group, min((i + 1) * group, columns))
+        normal[:, i] = _by_group((damped[:, part] @ c[part]) * c, group).T
+    ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12
+    normal = normal + torch.diag_embed(ridge.expand(-1, groups))
+    new = torch.linalg.solve(normal, right + ridge * grid.scale.T).T
+    return torch.where(new > 0.3 * grid.scale, new, grid.scale)
+
+
+def _by_group(values: Tensor, group: int) -> Tensor:
+    """(columns, rows) -> sums (groups, rows)."""
+    return _grouped(values, group).sum(1)
+
+
+def _grouped(values: Tensor, group: int) -> Tensor:
+    """(columns, rows) -> (groups, group, rows), a short last group padded with zeros."""
+    pad = -len(values) % group
+    if pad:
+        values = torch.nn.functional.pad(values, (0, 0, 0, pad))
+    return values.unflatten(0, (-1, group))
+
+
+def _search(x: Tensor, bits: int, group: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Best scale and zero (groups, rows) over a few starting ranges, then Lloyd steps: refit the line q -> w, round again."""
+    top, middle, tiny = 2**bits - 1, (2**bits - 1) / 2, 1e-12
+    v = _grouped(x, group)  # (groups, group, rows)
+    ones = torch.ones(len(x)) if importance is None else importance.float() + DAMPING * importance.float().mean()
+    weight = _grouped((ones / ones.mean().clamp_min(tiny)).unsqueeze(1), group)  # (groups, group, 1), 0 on the padding
+
+    def snapped(zero: Tensor) -> Tensor:
+        unit = 2.0**bits / 16
+        return ((zero + 0.5) / unit).round().clamp(0, 15) * unit - 0.5
+
+    def rounded(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        q = (v / scale.unsqueeze(1) + zero.unsqueeze(1)).round_().clamp_(0, top)
+        d = (q - zero.unsqueeze(1)).mul_(scale.unsqueeze(1)).sub_(v)
+        return (d.square_() * weight).sum(1), q
+
+    low, high = v.amin(1).clamp_max(0), v.amax(1).clamp_min(0)
+    reach = torch.maximum(-low, high).clamp_min(tiny)
+    starts = [(s := ((high - low) * share / top).clamp_min(tiny), snapped(middle - (high + low) / 2 / s)) for share in _STARTS]
+    starts += [(reach * 2 * share / top, torch.full_like(reach, middle)) for share in _SYMMETRIC_STARTS]
+    best = (*starts[0], *rounded(*starts[0]))
+    for start in starts[1:]:
+        best = _better(best, (*start, *rounded(*start)))
+    for _ in range(_LLOYD_STEPS):
+        scale, zero, _, q = best
+        total = weight.sum(1)
+        mean_q, mean_v = (weight * q).sum(1) / total, (weight * v).sum(1) / total
+        centred = q - mean_q.unsqueeze(1)
+        slope = (weight * centred * v).sum(1) / (weight * centred.square()).sum(1).clamp_min(tiny)
+        slope = torch.where(slope > tiny, slope, scale)
+        zero = snapped(mean_q - mean_v / slope)
+        c = q - zero.unsqueeze(1)
+        fitted = (weight * c * v).sum(1) / (weight * c.square()).sum(1).clamp_min(tiny)
+        fitted = torch.where(fitted > tiny, fitted, scale)
+        best = _better(best, (fitted, zero, *rounded(fitted, zero)))
+    return best[0], best[1]
+
+
+def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Per group, whichever (scale, zero, error, codes) has the smaller error."""
+    wins = b[2] < a[2]
+    return (*(torch.where(wins, y, x) for x, y in zip(a[:3], b[:3])), torch.where(wins.unsqueeze(1), b[3], a[3]))
