@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxcompress.checkpoint import attach, overhead
+from fxcompress.checkpoint import attach, overhead, predicted_overhead
 from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration, bind_batch, calibrate
 from fxcompress.core.capture import capture, example_of, split_inputs
@@ -36,7 +36,6 @@ from fxcompress.report import Report, SiteReport
 
 log = logging.getLogger("fxcompress")
 
-OVERHEAD_GUESS = 24_000  # bytes of the files around the tensors, before they have been measured
 SIZE_ROUNDS = 4  # measured sizes settle after one or two
 
 
@@ -92,12 +91,12 @@ def price(
         refusals=tuple(refusals),
         budget=budget,
         original_bytes=total,
-        fixed_bytes=total - sum(s.dense_bytes for s in sites) + OVERHEAD_GUESS,
+        fixed_bytes=total - sum(s.dense_bytes for s in sites),
         kind=_kind(original, known),
         calibrated=known.calibrated,
         gap=0.0,
     )
-    return choose(table, budget)
+    return choose(replace(table, fixed_bytes=table.fixed_bytes + predicted_overhead(original, table)), budget)
 
 
 def resolve(rewrites: Sequence[str | type[Rewrite]] | None) -> tuple[type[Rewrite], ...]:
@@ -134,6 +133,7 @@ def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: B
         if too_wrong:
             assert room.error is not None and target is not None
             room = replace(room, error=room.error * 0.98 * target / measured)
+        log.info("round: %d bytes and error %.4g against %s; choosing again", total, measured, budget)
         fixed = plan.fixed_bytes + (total - plan.predicted_bytes if too_big else 0)
         plan = replace(choose(replace(plan, fixed_bytes=fixed), room), budget=budget)
     raise InfeasibleBudgetError(

@@ -97,6 +97,11 @@ def overhead(compiled: SignedModule) -> int:
     return sum(len(content) for content in files.values()) - tensors
 
 
+def predicted_overhead(original: SignedModule, plan: Plan) -> int:
+    """The same before anything is rewritten: the original's graph, plus what a rewritten site adds to graph, header and report."""
+    return len(_gzip(_program(original))) + len(_gzip(plan.to_text().encode())) + 2_000 + 900 * len(plan.sites)
+
+
 def _files(gm: SignedModule) -> dict[str, bytes]:
     """Every file's content, the manifest last."""
     tensors, aliases = _tensors(gm)

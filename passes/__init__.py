@@ -15,5 +15,6 @@ if __name__ != "fxcompress.passes":  # a checkout on sys.path would load a secon
 from fxcompress.core.rewrite import Rewrite
 from fxcompress.passes.low_rank import LowRank
 from fxcompress.passes.quantize import Quantize
+from fxcompress.passes.quantize_rows import QuantizeRows
 
-REWRITES: tuple[type[Rewrite], ...] = (Quantize, LowRank)
+REWRITES: tuple[type[Rewrite], ...] = (Quantize, QuantizeRows, LowRank)

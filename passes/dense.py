@@ -39,6 +39,9 @@ class Dense(Structure):
     def error_bound(self, site: Site) -> float:
         return 0.0
 
+    def unstored(self, site: Site) -> Tensor:
+        return site.weight
+
     def factor(self, site: Site, store: Store) -> Tensor:
         return store("weight", site.weight, rounding_metric(site))
 

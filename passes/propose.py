@@ -2,8 +2,8 @@
 
 1. Each storage on the dense weight: its exact error from the calibration statistics.
 2. Each structure, plain and with each storage on its factors. A structure's error before storing is a closed form and a lower bound;
-   a recipe is dropped unmade when a stored dense weight of no more bytes has at most half that bound (kappa differs between families
-   by a factor of 0.6 to 2.9 on MiniLM, so half is safe), and made and measured otherwise.
+   a recipe is dropped unmade when that error, plus what the same storage does to the dense weight, is no better than a stored dense
+   weight of no more bytes (with some room, because kappa differs between families), and made and measured otherwise.
 3. One probe of the model per site and family that is left (fxcompress.cost_model.sensitivity) turns site errors into losses.
 """
 
@@ -24,7 +24,9 @@ from fxcompress.core.site import Site
 from fxcompress.cost_model.sensitivity import Prober, kappa, price
 from fxcompress.passes.recipe import Recipe
 
-FAMILY_SPREAD = 2.0  # a recipe must be able to beat a rival's error times this, or it is not made
+FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
+MOST_LOST = 0.5  # of the site's squared output; a structure that loses more is not offered
+CLOSE_ENOUGH = 1.05  # of the structure's own error: storing its factors more finely gains no more than this
 
 
 @dataclass(frozen=True)
@@ -75,24 +77,37 @@ def trials_of(site: Site, rewrites: Sequence[type[Rewrite]], min_gain: float) ->
     trials = [t for t in trials if t.bytes <= most]
     if storages and not trials:
         refused.append((storages[0].name, f"nothing saves {min_gain:.0%} of {site.dense_bytes} bytes"))
-    rivals = list(trials)
     for structure in (r for r in rewrites if issubclass(r, Structure) and not _refused(r, site, refused)):
-        made = 0
-        for instance in structure.space(site):
-            bound, plain = instance.error_bound(site), None
-            for storage in (None, *(s for kind in storages for s in kind.for_factors(site))):
-                recipe = Recipe(instance, storage)
-                stored = recipe.stored_bytes(site)
-                if stored > most or any(r.bytes <= stored and r.error * FAMILY_SPREAD <= bound for r in rivals):
-                    continue
-                if plain is None:
-                    plain = local_error(site, Recipe(instance).make(site).weight)
-                error = plain if storage is None else local_error(site, recipe.make(site).weight)
-                trials.append(Trial(recipe, stored, plain, max(error, plain)))
-                made += 1
-        if not made:
-            refused.append((structure.name, "a quantized dense weight of the same bytes is closer at every rank"))
+        factored = [t for s in structure.space(site) for t in _factored(site, s, storages, trials, most)]
+        trials += factored
+        if not factored:
+            refused.append((structure.name, "it loses half of the site's output, or a quantized dense weight of the same bytes is closer"))
     return trials, refused
+
+
+def _factored(
+    site: Site, structure: Structure, storages: Sequence[type[Storage]], rivals: Sequence[Trial], most: float
+) -> list[Trial]:
+    """`structure` with each storage of its factors that a rival does not beat before it is made."""
+    kinds = [s for kind in storages for s in kind.for_factors(site)]
+    recipes = sorted((Recipe(structure, s) for s in (*kinds, None)), key=lambda r: r.stored_bytes(site))
+    made: list[Trial] = []
+    if _hopeless(recipes[0].stored_bytes(site), bound := structure.error_bound(site), rivals, most):
+        return made
+    plain = max(local_error(site, structure.unstored(site)), bound)
+    dense = {t.recipe.storage: t.error for t in rivals}
+    for recipe in recipes:
+        stored = recipe.stored_bytes(site)
+        if _hopeless(stored, plain + dense.get(recipe.storage, 0.0), rivals, most) or (made and made[-1].error <= plain * CLOSE_ENOUGH):
+            break  # whatever is stored more finely has more bytes, and no less error than `plain`
+        error = plain if recipe.storage is None else local_error(site, recipe.make(site).weight)
+        made.append(Trial(recipe, stored, plain, max(error, plain)))
+    return made
+
+
+def _hopeless(stored: int, error: float, rivals: Sequence[Trial], most: float) -> bool:
+    beaten = any(r.bytes <= stored and r.error * FAMILY_SPREAD <= error for r in rivals)
+    return stored > most or error > MOST_LOST or beaten
 
 
 def sizes_of(gm: SignedModule, calibration: Calibration) -> dict[str, int]:
@@ -130,10 +145,13 @@ def _probe(prober: Prober, site: Site, trials: Sequence[Trial]) -> dict[str, flo
     }
     for family, mine in families.items():
         probe = _typical(mine)
-        recipe = probe.recipe if family == "quantize" else Recipe(probe.recipe.structure)
-        made = recipe.make(site)
-        kappas[family] = kappa(prober.loss(site, made.weight, made.bias), local_error(site, made.weight))
+        kappas[family] = _kappa(prober, site, probe.recipe if family == "quantize" else Recipe(probe.recipe.structure))
     return kappas
+
+
+def _kappa(prober: Prober, site: Site, recipe: Recipe) -> float:
+    made = recipe.make(site)
+    return kappa(prober.loss(site, made.weight, made.bias), local_error(site, made.weight))
 
 
 def _typical(trials: Sequence[Trial]) -> Trial:

@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.codegen.ops.dequantize import dequantize, stored_bytes
-from fxcompress.codegen.packing import BITS, pack
+from fxcompress.codegen.packing import BITS, pack, packed_bytes
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
 from fxcompress.passes import rounding
-from fxcompress.passes.rounding import Curvature, Grid
+from fxcompress.passes.rounding import Grid
 
 GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row
 TRIED = ((2, 0), (2, 128), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 0))
+TRIED_ON_TABLES = ((2, 0), (2, 64), (3, 128), (4, 64), (8, 0))  # a large table takes long; row tiers fill the gaps
+LARGE_TABLE = 2048
 MIN_WEIGHTS = 64  # below it, scales and names cost more than the codes save
 
 
@@ -58,7 +60,8 @@ class Quantize(Storage):
     @classmethod
     def space(cls, site: Site) -> Iterator[Self]:
         """Cheapest first; a group as long as the row is offered once, as the whole row."""
-        fits = [cls(bits, group) for bits, group in TRIED if group < site.columns]
+        tried = TRIED_ON_TABLES if site.rows >= LARGE_TABLE and site.kind != "linear" else TRIED
+        fits = [cls(bits, group) for bits, group in tried if group < site.columns]
         yield from sorted(fits, key=lambda q: (q.stored_bytes(site.rows, site.columns, 0), q.bits))
 
     @classmethod
@@ -68,22 +71,28 @@ class Quantize(Storage):
     @classmethod
     def dense_errors(cls, site: Site) -> dict[Self, float]:
         """All bit widths of a group size are rounded in one pass."""
-        made = dict(_round_all(site.weight, rounding_metric(site), [*cls.space(site)]))
+        made = dict(rounded(site.weight, rounding_metric(site), [*cls.space(site)]))
         return {q: local_error(site, made[q]) for q in cls.space(site)}
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
-        return stored_bytes(rows, columns, self.bits, self._group(columns))
+        return stored_bytes(rows, columns, self.bits, self.group(columns))
 
     def encode(self, matrix: Tensor, metric: Metric) -> dict[str, Tensor]:
         """codes (rows, packed), scales (rows, groups), zeros (rows, groups / 2) uint8, grid (2,) float32."""
         x = matrix.float().T.contiguous()
-        codes, grid = _round(x, metric, [self], None if metric.columns is None else rounding.curvature(metric.columns))[0]
+        codes, grid = _round(x, metric, [self])[0]
         return {
             "codes": pack(codes.T.contiguous(), self.bits),
             "scales": grid.scale_codes.T.contiguous(),
             "zeros": pack(grid.zero_codes.T.contiguous(), 4),
             "grid": torch.tensor([grid.base, grid.step], dtype=torch.float32),
         }
+
+    def empty(self, columns: int) -> dict[str, Tensor]:
+        """What `encode` makes of no rows."""
+        groups = -(-columns // (self.group(columns) or columns))
+        widths = {"codes": packed_bytes(columns, self.bits), "scales": groups, "zeros": packed_bytes(groups, 4)}
+        return {**{k: torch.empty(0, w, dtype=torch.uint8) for k, w in widths.items()}, "grid": torch.zeros(2)}
 
     def decode(self, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
         return dequantize(*(tensors[k] for k in self.keys), *self.constants(like))  # type: ignore[arg-type]
@@ -98,27 +107,26 @@ class Quantize(Storage):
 
     def constants(self, like: Tensor) -> tuple[int, int, int, torch.dtype]:
         """The ops' trailing arguments: bits, group_size, columns, dtype."""
-        return self.bits, self._group(like.shape[1]), like.shape[1], like.dtype
+        return self.bits, self.group(like.shape[1]), like.shape[1], like.dtype
 
-    def _group(self, columns: int) -> int:
-        """0 also where a group would span the row anyway (the thin factors of a low rank)."""
+    def group(self, columns: int) -> int:
+        """The group size on a row of `columns`: 0 also where a group would span the row anyway (the thin factors of a low rank)."""
         return 0 if self.group_size >= columns else self.group_size
 
 
-def _round_all(weight: Tensor, metric: Metric, settings: list[Quantize]) -> Iterator[tuple[Quantize, Tensor]]:
+def rounded(weight: Tensor, metric: Metric, settings: list[Quantize]) -> Iterator[tuple[Quantize, Tensor]]:
     """(setting, the weight as it would be read back), group size by group size."""
     x = weight.float().T.contiguous()
-    curve = None if metric.columns is None else rounding.curvature(metric.columns)
     for group_size in sorted({q.group_size for q in settings}):
         mine = [q for q in settings if q.group_size == group_size]
-        for q, (codes, grid) in zip(mine, _round(x, metric, mine, curve)):
-            yield q, rounding.read_back(codes.float(), grid, q._group(len(x)) or len(x)).T
+        for q, (codes, grid) in zip(mine, _round(x, metric, mine)):
+            yield q, rounding.read_back(codes.float(), grid, q.group(len(x)) or len(x)).T
 
 
-def _round(x: Tensor, metric: Metric, settings: list[Quantize], curve: Curvature | None) -> list[tuple[Tensor, Grid]]:
+def _round(x: Tensor, metric: Metric, settings: list[Quantize]) -> list[tuple[Tensor, Grid]]:
     """Settings of one group size -> [(uint8 codes (columns, rows), grid)], in order."""
-    columns = len(x)
-    group = settings[0]._group(columns) or columns
+    columns, curve = len(x), metric.analysis(rounding.curvature)
+    group = settings[0].group(columns) or columns
     importance = None if metric.columns is None else metric.columns.diagonal()
     grids = [rounding.fit(x, q.bits, group, importance) for q in settings]
     result = [(rounding.nearest(x, g, q.bits, group).to(torch.uint8), g) for q, g in zip(settings, grids) if q.bits == 8 or curve is None]

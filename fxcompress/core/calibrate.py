@@ -1,7 +1,7 @@
 """What flows through each site, streamed batch by batch: memory holds the statistics and one batch, never all activations.
 
     linear sites      H = E[x x^T],  mu = E[x]         summed over tokens in float64, one pair per distinct input node (Q, K, V share theirs)
-    embedding sites   p_r = (n_r - d [n_r > 0]) / N + rest     n_r how often id r was seen; see `row_probabilities`
+    embedding sites   p_r    how often row r will be read, smoothed from how often it was (`row_probabilities`)
                       M = E[g g^T]                     g the gradient of the model's loss at the looked-up row, over a few batches
 
 The last quarter of every batch (or every fourth batch, where batches hold fewer than four examples) is held out: it never enters H or
@@ -31,6 +31,9 @@ log = logging.getLogger("fxcompress.calibrate")
 
 HELD_OUT_SHARE = 4  # one example in four
 HELD_OUT_EXAMPLES = 64  # at most, so that probing does not grow with the calibration set
+STRETCHES = 128  # of ids, for the unseen rows of a table
+UNSEEN_HEDGE = 1.5  # fresh text is further from the calibration text than its own halves are from each other
+EVEN_SHARE = 0.1
 GRADIENT_BATCHES = 4  # M is a (features, features) mean over every token; a few batches settle it
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -91,16 +94,26 @@ def _pooled(moments: dict[str, Moment], site: Site) -> tuple[Tensor, Tensor] | N
 
 
 def row_probabilities(counts: Tensor) -> Tensor:
-    """Good-Turing: rows never seen share the probability N_1 / N of meeting one (N_1 rows were seen once); the seen keep the rest.
+    """How often each row of a table will be read on fresh data, from how often it was: (rows,) float64, summing to 1.
 
-    Good, The population frequencies of species, Biometrika 1953. A table judged only by the rows it saw would starve all others.
+    Absolute discounting d = N_1 / (N_1 + 2 N_2) with N_k the rows seen k times; what the seen rows give up goes to all rows of the same
+    stretch of ids in proportion to the stretch's N_1, because vocabularies list tokens roughly by frequency (Good-Turing's estimate of
+    the unseen, stretch by stretch; Good, Biometrika 1953; Ney, Essen & Kneser 1994). A tenth is spread over all rows evenly: text longer
+    or stranger than the calibration text will come, and no row may be thrown away for being absent from it.
     """
-    n = float(counts.sum())
-    if n == 0:
-        return torch.full_like(counts, 1 / len(counts))
-    unseen = int((counts == 0).sum())
-    missing = min(0.5, max(1.0, float((counts == 1).sum())) / n) if unseen else 0.0
-    return torch.where(counts == 0, missing / max(unseen, 1), counts * (1 - missing) / n)
+    rows, total = len(counts), float(counts.sum())
+    even = torch.full_like(counts, 1 / rows)
+    if total == 0:
+        return even
+    once, twice = float((counts == 1).sum()), float((counts == 2).sum())
+    discount = min(0.95, max(0.5, once / (once + 2 * twice) if once else 0.5))
+    freed = min(0.9, UNSEEN_HEDGE * discount * float((counts > 0).sum()) / total)
+    stretch = torch.arange(rows) * min(STRETCHES, rows) // rows
+    singles = torch.bincount(stretch[counts == 1], minlength=int(stretch.max()) + 1).double() + 0.1
+    fresh = (singles / singles.sum() / torch.bincount(stretch))[stretch]
+    seen = (counts - discount).clamp_min(0)
+    known = seen / seen.sum() if float(seen.sum()) > 0 else even
+    return (1 - EVEN_SHARE) * (known * (1 - freed) + fresh * freed) + EVEN_SHARE * even
 
 
 def calibrate(gm: SignedModule, sites: Sequence[Site], batches: Iterable[Any], progress: bool = True) -> Calibration:

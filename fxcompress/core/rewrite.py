@@ -103,7 +103,11 @@ class Structure(Rewrite):
 
     @abstractmethod
     def error_bound(self, site: Site) -> float:
-        """The squared relative error before anything is stored: a lower bound for every storage, exact for none."""
+        """The squared relative error over the calibration inputs before anything is stored: the least any storage can reach."""
+
+    @abstractmethod
+    def unstored(self, site: Site) -> Tensor:
+        """The dense weight (rows, columns) this structure amounts to before anything is stored; cheap next to `factor`."""
 
     @abstractmethod
     def factor(self, site: Site, store: Store) -> Tensor:
