@@ -9,7 +9,7 @@ tr((W - U V) G (W - U V)^T) is
     U = P_r diag(s_r)      V = Q_r^T S^-1      with error exactly   s_{r+1}^2 + ... + s_k^2
 
 (Eckart-Young, applied to W S). Without calibration G = I and this is the plain truncated SVD. For an embedding the rows are weighted
-by their probability p as well: sqrt(p) W S is factored, and U is divided by sqrt(p) again.
+by their probability p as well: sqrt(p) W S is factored, and U is divided by sqrt(p) again. `best_factors` gets there by eigenvectors.
 
 V is stored first. Whatever storing did to it, U is then the least-squares answer to the stored V':
 U = W G V'^T (V' G V'^T)^-1, so a quantized V costs less than its own rounding error.
@@ -42,49 +42,32 @@ RANK_STEPS = 8  # instances a site is offered, evenly spaced up to the largest u
 DAMPING = 1e-4  # of mean(diag G), so that directions never seen in calibration keep a metric
 
 
-class WhitenedSVD(NamedTuple):
-    """diag(sqrt p) W S = P diag(s) Q^T, taken back to the coordinates of W."""
+class Factors(NamedTuple):
+    """The best factors of every rank: U[:, :r] V[:r] for rank r."""
 
-    u: Tensor  # (rows, k): P diag(s) / sqrt p
-    s: Tensor  # (k,) descending
-    v: Tensor  # (k, columns): Q^T S^-1
-
-
-class Whitened(NamedTuple):
-    """diag(sqrt p) W S, and the two factors that are taken off it again (None is the identity)."""
-
-    w: Tensor
-    chol: Tensor | None  # S (columns, columns) lower triangular
-    row_root: Tensor | None  # sqrt(p) (rows, 1)
+    u: Tensor  # (rows, k)
+    v: Tensor  # (k, columns)
+    squares: Tensor  # (k,) descending: s^2
 
 
-def whitened(site: Site) -> Whitened:
-    """In float64: forming G squares the condition number of the inputs."""
-    w, metric, row_root, chol = site.weight.double(), rounding_metric(site).columns, None, None
-    if site.kind == "embedding" and site.statistics.row_weight is not None:
-        row_root = site.statistics.row_weight.clamp_min(1e-12).sqrt().unsqueeze(1)
-        w = w * row_root
-    if metric is not None:
-        chol = torch.linalg.cholesky(damped(metric, DAMPING))
-        w = w @ chol
-    return Whitened(w, chol, row_root)
+def best_factors(site: Site) -> Factors:
+    """From the eigenvectors of the smaller Gram matrix, in float64; the singular vectors themselves are never needed.
 
-
-def spectrum(site: Site) -> Tensor:
-    """s^2 (k,) descending, from the smaller Gram matrix: a tenth of the time of the vectors, which few sites need."""
-    w = site.analysis(whitened).w
-    gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
-    return torch.linalg.eigvalsh(gram).clamp_min(0).flip(0)
-
-
-def whitened_svd(site: Site) -> WhitenedSVD:
-    """The best factors of every rank at once."""
-    w, chol, row_root = site.analysis(whitened)
-    p, s, v = torch.linalg.svd(w, full_matrices=False)
-    u = p * s if row_root is None else p * s / row_root
-    if chol is not None:  # V S = Q^T  =>  V = Q^T S^-1
-        v = torch.linalg.solve_triangular(chol, v, upper=False, left=False)
-    return WhitenedSVD(u, s, v)
+    rows <= columns:  W G W^T = P diag(s^2) P^T,  U = P,  V = P^T W   (U V projects W's outputs; not even S is needed)
+    otherwise:        S^T W^T p W S = Q diag(s^2) Q^T,  U = W S Q,  V = Q^T S^-1
+    """
+    w, metric, row_weight = site.weight.double(), rounding_metric(site).columns, site.statistics.row_weight
+    if row_weight is None and len(w) <= w.shape[1]:
+        squares, p = torch.linalg.eigh(w @ w.T if metric is None else w @ metric @ w.T)
+        p = p.flip(1)
+        return Factors(p, p.T @ w, squares.clamp_min(0).flip(0))
+    chol = None if metric is None else torch.linalg.cholesky(damped(metric, DAMPING))
+    ws = w if chol is None else w @ chol
+    weighted = ws if row_weight is None else ws * row_weight.unsqueeze(1)
+    squares, q = torch.linalg.eigh(ws.T @ weighted)
+    q = q.flip(1)
+    v = q.T if chol is None else torch.linalg.solve_triangular(chol, q.T, upper=False, left=False)
+    return Factors(ws @ q, v, squares.clamp_min(0).flip(0))
 
 
 def _input_metric(site: Site) -> Metric:
@@ -127,13 +110,13 @@ class LowRank(Structure):
         return {"v": (self.rank, site.columns), "u": (site.rows, self.rank)}
 
     def error_bound(self, site: Site) -> float:
-        squares = site.analysis(spectrum)
+        squares = site.analysis(best_factors).squares
         total = float(squares.sum())
         return float(squares[self.rank :].sum()) / total if total > 0 else 0.0
 
     def unstored(self, site: Site) -> Tensor:
-        svd = site.analysis(whitened_svd)
-        return svd.u[:, : self.rank] @ svd.v[: self.rank]
+        best = site.analysis(best_factors)
+        return best.u[:, : self.rank] @ best.v[: self.rank]
 
     def factor(self, site: Site, store: Store) -> Tensor:
         most = min(site.rows, site.columns)
@@ -141,10 +124,10 @@ class LowRank(Structure):
             raise SpecError(
                 f"low_rank{{rank={self.rank}}} at {site.name}: the weight is {site.rows} x {site.columns}, so rank must be 1 to {most}."
             )
-        svd = site.analysis(whitened_svd)
-        u, v = svd.u[:, : self.rank], svd.v[: self.rank]
+        best = site.analysis(best_factors)
+        u, v = best.u[:, : self.rank], best.v[: self.rank]
         # Split the scale evenly, so that neither factor leaves the range of float16.
-        balance = (u.norm(dim=0) / v.norm(dim=1)).sqrt().clamp_min(1e-30)
+        balance = (u.norm(dim=0).clamp_min(1e-30) / v.norm(dim=1).clamp_min(1e-30)).sqrt()
         metric = rounding_metric(site).columns
         stored_v = store("v", (v * balance.unsqueeze(1)).to(site.weight.dtype), site.analysis(_input_metric)).double()
         u = _refit(site.weight.double(), stored_v, metric, fallback=u / balance)

@@ -25,8 +25,7 @@ from fxcompress.cost_model.sensitivity import Prober, kappa, price
 from fxcompress.passes.recipe import Recipe
 
 FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
-MOST_LOST = 0.5  # of the site's squared output; a structure that loses more is not offered
-CLOSE_ENOUGH = 1.05  # of the structure's own error: storing its factors more finely gains no more than this
+MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth, so a structure that loses more is no answer to any budget
 
 
 @dataclass(frozen=True)
@@ -78,36 +77,52 @@ def trials_of(site: Site, rewrites: Sequence[type[Rewrite]], min_gain: float) ->
     if storages and not trials:
         refused.append((storages[0].name, f"nothing saves {min_gain:.0%} of {site.dense_bytes} bytes"))
     for structure in (r for r in rewrites if issubclass(r, Structure) and not _refused(r, site, refused)):
-        factored = [t for s in structure.space(site) for t in _factored(site, s, storages, trials, most)]
+        factored = [
+            Trial(e.recipe, e.bytes, e.structure_error, max(e.structure_error, _error(site, e.recipe)))
+            for e in _promising(_estimates(site, structure, storages, trials, most), trials)
+        ]
         trials += factored
         if not factored:
-            refused.append((structure.name, "it loses half of the site's output, or a quantized dense weight of the same bytes is closer"))
+            refused.append((structure.name, "it loses too much, or a quantized dense weight of the same bytes is closer"))
     return trials, refused
 
 
-def _factored(
-    site: Site, structure: Structure, storages: Sequence[type[Storage]], rivals: Sequence[Trial], most: float
+def _estimates(
+    site: Site, structure: type[Structure], storages: Sequence[type[Storage]], rivals: Sequence[Trial], most: float
 ) -> list[Trial]:
-    """`structure` with each storage of its factors that a rival does not beat before it is made."""
-    kinds = [s for kind in storages for s in kind.for_factors(site)]
-    recipes = sorted((Recipe(structure, s) for s in (*kinds, None)), key=lambda r: r.stored_bytes(site))
-    made: list[Trial] = []
-    if _hopeless(recipes[0].stored_bytes(site), bound := structure.error_bound(site), rivals, most):
-        return made
-    plain = max(local_error(site, structure.unstored(site)), bound)
-    dense = {t.recipe.storage: t.error for t in rivals}
-    for recipe in recipes:
-        stored = recipe.stored_bytes(site)
-        if _hopeless(stored, plain + dense.get(recipe.storage, 0.0), rivals, most) or (made and made[-1].error <= plain * CLOSE_ENOUGH):
-            break  # whatever is stored more finely has more bytes, and no less error than `plain`
-        error = plain if recipe.storage is None else local_error(site, recipe.make(site).weight)
-        made.append(Trial(recipe, stored, plain, max(error, plain)))
-    return made
+    """Every instance with every storage of its factors; its error estimated as its own plus what that storage does to the dense weight."""
+    added: dict[Storage | None, float] = {t.recipe.storage: t.error for t in rivals} | {None: 0.0}
+    kinds = (None, *(s for kind in storages for s in kind.for_factors(site)))
+    found = []
+    for instance in structure.space(site):
+        recipes = [r for s in kinds if (r := Recipe(instance, s)).stored_bytes(site) <= most]
+        bound = instance.error_bound(site)
+        if not recipes or bound > MOST_LOST or all(_beaten(r.stored_bytes(site), bound, rivals) for r in recipes):
+            continue
+        plain = max(local_error(site, instance.unstored(site)), bound)
+        found += [Trial(r, r.stored_bytes(site), plain, plain + added.get(r.storage, 0.0)) for r in recipes]
+    return [t for t in found if t.structure_error <= MOST_LOST]
 
 
-def _hopeless(stored: int, error: float, rivals: Sequence[Trial], most: float) -> bool:
-    beaten = any(r.bytes <= stored and r.error * FAMILY_SPREAD <= error for r in rivals)
-    return stored > most or error > MOST_LOST or beaten
+def _promising(estimates: Sequence[Trial], rivals: Sequence[Trial]) -> list[Trial]:
+    """Those no estimate of the same structure dominates, and no measured rival beats clearly."""
+    return [
+        e
+        for e in estimates
+        if not _beaten(e.bytes, e.error, rivals)
+        and not any(o.bytes <= e.bytes and o.error < e.error for o in estimates)
+    ]
+
+
+def _beaten(stored: int, error: float, rivals: Sequence[Trial]) -> bool:
+    return any(r.bytes <= stored and r.error * FAMILY_SPREAD <= error for r in rivals)
+
+
+def _error(site: Site, recipe: Recipe) -> float:
+    """Squared relative error of the recipe, carried out."""
+    if recipe.storage is None:
+        return local_error(site, recipe.structure.unstored(site))
+    return local_error(site, recipe.make(site).weight)
 
 
 def sizes_of(gm: SignedModule, calibration: Calibration) -> dict[str, int]:

@@ -28,7 +28,7 @@ from fxcompress.passes import rounding
 from fxcompress.passes.rounding import Grid
 
 GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row
-TRIED = ((2, 0), (2, 128), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 0))
+TRIED = ((2, 0), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 0))
 TRIED_ON_TABLES = ((2, 0), (2, 64), (3, 128), (4, 64), (8, 0))  # a large table takes long; row tiers fill the gaps
 LARGE_TABLE = 2048
 MIN_WEIGHTS = 64  # below it, scales and names cost more than the codes save
@@ -60,7 +60,7 @@ class Quantize(Storage):
     @classmethod
     def space(cls, site: Site) -> Iterator[Self]:
         """Cheapest first; a group as long as the row is offered once, as the whole row."""
-        tried = TRIED_ON_TABLES if site.rows >= LARGE_TABLE and site.kind != "linear" else TRIED
+        tried = TRIED_ON_TABLES if is_table(site) else TRIED
         fits = [cls(bits, group) for bits, group in tried if group < site.columns]
         yield from sorted(fits, key=lambda q: (q.stored_bytes(site.rows, site.columns, 0), q.bits))
 
@@ -70,9 +70,10 @@ class Quantize(Storage):
 
     @classmethod
     def dense_errors(cls, site: Site) -> dict[Self, float]:
-        """All bit widths of a group size are rounded in one pass."""
-        made = dict(rounded(site.weight, rounding_metric(site), [*cls.space(site)]))
-        return {q: local_error(site, made[q]) for q in cls.space(site)}
+        """All settings are rounded in one pass."""
+        if is_table(site):
+            return {q: local_error(site, w) for q, w in site.analysis(rounded_table).items()}
+        return {q: local_error(site, w) for q, w in rounded(site.weight, rounding_metric(site), [*cls.space(site)])}
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         return stored_bytes(rows, columns, self.bits, self.group(columns))
@@ -114,26 +115,35 @@ class Quantize(Storage):
         return 0 if self.group_size >= columns else self.group_size
 
 
+def is_table(site: Site) -> bool:
+    """A vocabulary: many rows, read by number."""
+    return site.rows >= LARGE_TABLE and site.kind != "linear"
+
+
+def rounded_table(site: Site) -> dict[Quantize, Tensor]:
+    """The table at each setting tried; kept for the site's analysis, because row tiers are put together from the same."""
+    return dict(rounded(site.weight, rounding_metric(site), [*Quantize.space(site)]))
+
+
 def rounded(weight: Tensor, metric: Metric, settings: list[Quantize]) -> Iterator[tuple[Quantize, Tensor]]:
-    """(setting, the weight as it would be read back), group size by group size."""
+    """(setting, the weight as it would be read back), one after the other."""
     x = weight.float().T.contiguous()
-    for group_size in sorted({q.group_size for q in settings}):
-        mine = [q for q in settings if q.group_size == group_size]
-        for q, (codes, grid) in zip(mine, _round(x, metric, mine)):
-            yield q, rounding.read_back(codes.float(), grid, q.group(len(x)) or len(x)).T
+    for q, (codes, grid) in zip(settings, _round(x, metric, settings)):
+        yield q, rounding.read_back(codes.float(), grid, q.group(len(x)) or len(x)).T
 
 
 def _round(x: Tensor, metric: Metric, settings: list[Quantize]) -> list[tuple[Tensor, Grid]]:
-    """Settings of one group size -> [(uint8 codes (columns, rows), grid)], in order."""
+    """-> [(uint8 codes (columns, rows), grid)], in the order of `settings`."""
     columns, curve = len(x), metric.analysis(rounding.curvature)
-    group = settings[0].group(columns) or columns
     importance = None if metric.columns is None else metric.columns.diagonal()
-    grids = [rounding.fit(x, q.bits, group, importance) for q in settings]
-    result = [(rounding.nearest(x, g, q.bits, group).to(torch.uint8), g) for q, g in zip(settings, grids) if q.bits == 8 or curve is None]
-    low = [(q, g) for q, g in zip(settings, grids) if q.bits != 8]
-    if curve is not None and low:
-        done = rounding.round_with(x, [g for _, g in low], [q.bits for q, _ in low], group, curve)
-        by_bits = dict(zip((q.bits for q, _ in low), done))
-        plain = iter(result)
-        result = [by_bits[q.bits] if q.bits != 8 else next(plain) for q in settings]
-    return result
+    groups = [q.group(columns) or columns for q in settings]
+    grids = [rounding.fit(x, q.bits, g, importance) for q, g in zip(settings, groups)]
+    fed = [i for i, q in enumerate(settings) if q.bits != 8] if curve is not None else []
+    done = {}
+    if curve is not None and fed:
+        picked = ([of[i] for i in fed] for of in (grids, [q.bits for q in settings], groups))
+        done = dict(zip(fed, rounding.round_with(x, *picked, curve)))
+    return [
+        done[i] if i in done else (rounding.nearest(x, grids[i], q.bits, groups[i]).to(torch.uint8), grids[i])
+        for i, q in enumerate(settings)
+    ]

@@ -29,11 +29,10 @@ from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
-from fxcompress.passes.quantize import Quantize, rounded
+from fxcompress.passes.quantize import LARGE_TABLE, Quantize, is_table, rounded_table
 
 TIERS = (Quantize(8, 0), Quantize(4, 64), Quantize(3, 128), Quantize(2, 0))
 PRICES = 24
-MIN_ROWS = 2048  # a smaller table has no long tail worth an index
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class QuantizeRows(Storage):
             return "every row of a linear weight is read equally often"
         if site.statistics.row_weight is None:
             return "only calibration can tell which rows are read"
-        if site.rows < MIN_ROWS:
-            return f"{site.rows} rows are too few for tiers"
+        if not is_table(site):
+            return f"{site.rows} rows are too few for tiers; it takes {LARGE_TABLE}"
         return None
 
     @classmethod
@@ -80,9 +79,13 @@ class QuantizeRows(Storage):
 
     @classmethod
     def dense_errors(cls, site: Site) -> dict[Self, float]:
-        """Every tier is rounded once for the whole table; an instance puts together the rows it takes of each."""
+        """Every tier is rounded once for the whole table; an instance adds up the rows it takes of each."""
         tables, order = site.analysis(_tables), _order(site.weight, rounding_metric(site))
-        return {q: local_error(site, q._assemble(tables, order)) for q in cls.space(site)}
+        if site.kind == "tied":
+            return {q: local_error(site, q._assemble(tables, order)) for q in cls.space(site)}
+        whole = float((_row_energies(site.weight.float(), rounding_metric(site)) * site.statistics.row_weight).sum())
+        sums = tables.errors[:, order].double().cumsum(1)  # in the order rows are dealt to the tiers
+        return {q: q._dealt(sums) / max(whole, 1e-200) for q in cls.space(site)}
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         tiers = (stored_bytes(n, columns, t.bits, t.group(columns)) for n, t in zip(self.counts, TIERS))
@@ -111,6 +114,16 @@ class QuantizeRows(Storage):
         target = torch.ops.fxcompress.quantized_rows_embedding.default
         return graph.call_function(target, (ids, *_arguments(tensors, like)))
 
+    def _dealt(self, sums: Tensor) -> float:
+        """Sum of p_r e_r(tier_r), from running sums (tiers, rows) in dealing order."""
+        total, start = 0.0, 0
+        for tier, count in enumerate(self.counts):
+            if count:
+                before = float(sums[tier, start - 1]) if start else 0.0
+                total += float(sums[tier, start + count - 1]) - before
+                start += count
+        return total
+
     def _assemble(self, tables: _Tables, order: Tensor) -> Tensor:
         table = torch.empty_like(tables.rounded[0])
         for part, rounded_at in zip(order.split(self.counts), tables.rounded):
@@ -125,7 +138,7 @@ class _Tables(NamedTuple):
 
 def _tables(site: Site) -> _Tables:
     metric = rounding_metric(site)
-    made = dict(rounded(site.weight, metric, list(TIERS)))
+    made = site.analysis(rounded_table)
     tables = [made[t] for t in TIERS]
     w = site.weight.float()
     assert metric.rows is not None

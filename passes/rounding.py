@@ -8,7 +8,7 @@
 3. `descend`   one cyclic sweep of exact coordinate descent over the codes (QuantEase, Behdin et al. 2023, arXiv 2309.01885).
 4. `refit`     for the codes found, the least-squares scales of each row in the metric G, snapped again.
 
-Rows never interact, so several bit widths of one group size are extra rows of one pass. Everything works on X = W^T (columns, rows), where a
+Rows never interact, so several bit widths and group sizes are extra rows of one pass. Everything works on X = W^T (columns, rows), where a
 column of all rows is one contiguous vector. Without a metric, G = I: columns do not interact either, and only step 1 is left, which is
 the MSE-optimal data-free rounding.
 """
@@ -27,7 +27,7 @@ _STARTS = (1.0, 0.75)  # shares of the group's range
 _SYMMETRIC_STARTS = (0.65, 0.45, 0.33)  # shares of twice its largest magnitude, around the grid's middle
 _LLOYD_STEPS = 2
 _BLOCK = 32
-ROW_CHUNK = 4096  # rows worked on at once: bounds memory at a few times 4096 columns floats
+ROW_CHUNK = 8192  # rows worked on at once: bounds memory at a few times 8192 columns floats
 
 
 class Grid(NamedTuple):
@@ -100,13 +100,14 @@ def read_back(codes: Tensor, grid: Grid, group: int) -> Tensor:
     return (codes - zero) * scale
 
 
-def round_with(x: Tensor, grids: list[Grid], bits: list[int], group: int, curve: Curvature) -> list[tuple[Tensor, Grid]]:
-    """Steps 2-4 for several bit widths of one group size at once -> [(uint8 codes (columns, rows), grid)]."""
+def round_with(x: Tensor, grids: list[Grid], bits: list[int], groups: list[int], curve: Curvature) -> list[tuple[Tensor, Grid]]:
+    """Steps 2-4 for several settings at once -> [(uint8 codes (columns, rows), grid)]."""
     parts: list[list[tuple[Tensor, Tensor]]] = []
-    for start in range(0, x.shape[1], ROW_CHUNK):
-        rows = slice(start, start + ROW_CHUNK)
+    chunk = max(1, ROW_CHUNK // len(bits))
+    for start in range(0, x.shape[1], chunk):
+        rows = slice(start, start + chunk)
         cut = [g._replace(scale=g.scale[:, rows], zero=g.zero[:, rows]) for g in grids]
-        parts.append(_round_rows(x[:, rows], cut, bits, group, curve))
+        parts.append(_round_rows(x[:, rows], cut, bits, groups, curve))
     result = []
     for i, (grid, b) in enumerate(zip(grids, bits)):
         codes, scale = (torch.cat([part[i][k] for part in parts], 1) for k in (0, 1))
@@ -114,15 +115,17 @@ def round_with(x: Tensor, grids: list[Grid], bits: list[int], group: int, curve:
     return result
 
 
-def _round_rows(x: Tensor, grids: list[Grid], bits: list[int], group: int, curve: Curvature) -> list[tuple[Tensor, Tensor]]:
-    """-> per bit width (uint8 codes, refitted scales) of a few thousand rows."""
+def _round_rows(
+    x: Tensor, grids: list[Grid], bits: list[int], groups: list[int], curve: Curvature
+) -> list[tuple[Tensor, Tensor]]:
+    """-> per setting (uint8 codes, refitted scales) of a few thousand rows."""
     columns, rows = x.shape
-    scale, zero = (torch.cat(t, 1) for t in zip(*(spread(g, group, columns) for g in grids)))
+    scale, zero = (torch.cat(t, 1) for t in zip(*(spread(g, n, columns) for g, n in zip(grids, groups))))
     top = torch.cat([torch.full((rows,), 2.0**b - 1) for b in bits])
     stacked = x.repeat(1, len(bits))
     codes = descend(stacked, feed_back(stacked, scale, zero, top, curve), scale, zero, top, curve.damped)
     split = codes.split(rows, 1)
-    return [(q.to(torch.uint8), refit(x, q, grid, group, curve.damped)) for q, grid in zip(split, grids)]
+    return [(q.to(torch.uint8), refit(x, q, grid, n, curve.damped)) for q, grid, n in zip(split, grids, groups)]
 
 
 def feed_back(x: Tensor, scale: Tensor, zero: Tensor, top: Tensor, curve: Curvature) -> Tensor:

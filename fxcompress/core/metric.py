@@ -59,11 +59,11 @@ def _rounding_metric(site: Site) -> Metric:
 def local_error(site: Site, approximation: Tensor) -> float:
     """e of `approximation` (rows, columns) in place of the site's weight."""
     judge = site.analysis(_judge)
-    d, errors = site.weight.double() - approximation.double(), []
+    d, errors = site.weight.float() - approximation.float(), []
     if judge.input_signal is not None:
         errors.append(_energy(d, judge.input_metric) / judge.input_signal)
     if judge.row_signal is not None and judge.row_root is not None:
-        errors.append(_energy(d * judge.row_root, judge.row_metric) / judge.row_signal)
+        errors.append(_energy(d * judge.row_root.float(), judge.row_metric) / judge.row_signal)
     return sum(errors) / len(errors)
 
 
@@ -110,7 +110,7 @@ def corrected_bias(site: Site, approximation: Tensor, bias: Tensor) -> Tensor:
 def _energy(a: Tensor, metric: Tensor | None) -> float:
     """tr(A G A^T); the products in float32, which costs a millionth and halves the time, the sum in float64."""
     if metric is None:
-        return float(a.square().sum())
+        return float(a.square().sum(dtype=torch.float64))
     a = a.float()
     return max(0.0, float(((a @ metric.float()) * a).sum(dtype=torch.float64)))
 
