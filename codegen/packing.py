@@ -2,7 +2,8 @@
 
     word = sum_i code_i 2^(bits i)  for i = 0..7,   stored as its `bits` low bytes;   8-bit codes are stored as they are
 
-A row is padded with zero codes to a multiple of eight, so every row starts on a byte and can be gathered alone (embeddings).
+A row is padded with zero codes to a multiple of eight, so every row starts on a byte and can be gathered alone
+(embeddings).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     if bits in (2, 4):  # a byte holds whole codes
         codes = (packed.unsqueeze(-1) >> _shifts(bits, 8 // bits, packed.device).to(torch.uint8)) & mask
     else:
-        word = (packed.unflatten(-1, (-1, bits)).to(torch.int32) << _shifts(8, bits, packed.device).int()).sum(-1, dtype=torch.int32)
+        word = (packed.unflatten(-1, (-1, bits)).to(torch.int32) << _shifts(8, bits, packed.device).int()).sum(
+            -1, dtype=torch.int32
+        )
         codes = ((word.unsqueeze(-1) >> _shifts(bits, 8, packed.device).int()) & mask).to(torch.uint8)
     return codes.flatten(-2)[..., :columns]
 

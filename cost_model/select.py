@@ -1,10 +1,12 @@
 """One candidate a site, the least total loss under every budget: the multiple-choice knapsack, solved exactly.
 
     minimise    sum_i loss_i x_i
-    subject to  sum_{i in site} x_i = 1 for every site,   sum_i bytes_i x_i <= B,   sum_i flops_i x_i <= F,   sum_i loss_i x_i <= E
+    subject to  sum_{i in site} x_i = 1 for every site
+                sum_i bytes_i x_i <= B,   sum_i flops_i x_i <= F,   sum_i loss_i x_i <= E
 
-With an error budget alone, bytes and loss change places. Dominated candidates (no better on any axis) are dropped first. HiGHS
-(scipy.optimize.milp) proves the gap it reports. Sinha & Zoltners, The multiple-choice knapsack problem, Operations Research 1979.
+With an error budget alone, bytes and loss change places. Dominated candidates (no better on any axis) are dropped
+first. HiGHS (scipy.optimize.milp) proves the gap it reports. Sinha & Zoltners, The multiple-choice knapsack problem,
+Operations Research 1979.
 """
 
 from __future__ import annotations
@@ -128,7 +130,10 @@ def _range(table: Plan, groups: Sequence[Sequence[Candidate]], budget: Budget) -
     smallest = table.fixed_bytes + sum(min(c.bytes for c in g) for g in groups)
     fewest = sum(min(c.flops for c in g) for g in groups) / (sum(_kept(g).flops for g in groups) or 1.0)
     ratio = table.original_bytes / smallest
-    said = [f"the rewrites allowed reach from 1x ({format_bytes(table.original_bytes)}) to {ratio:.2f}x ({format_bytes(smallest)})"]
+    said = [
+        f"the rewrites allowed reach from 1x ({format_bytes(table.original_bytes)}) "
+        f"to {ratio:.2f}x ({format_bytes(smallest)})"
+    ]
     if budget.flops is not None:
         said.append(f"and from 100% to {fewest:.0%} of the flops")
     if budget.error is not None:

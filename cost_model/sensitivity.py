@@ -1,12 +1,14 @@
 """How much the model's output reacts to an error at one site:   kappa[site, family] = E[site] / e[site]
 
-e is the site's own squared relative error (fxcompress.core.metric), E the loss of the whole model (fxcompress.core.divergence) when that
-site alone is rewritten, measured on held-out examples. Squared errors of sites add, and kappa depends on the family of the rewrite but
-hardly on its amount (measured on MiniLM: additive within 1-5 %, log kappa at 2, 3 and 4 bits correlated 0.99), so one probe a site and
-family prices every candidate:   predicted loss = sum over sites of kappa[site, family] * e[candidate].
+e is the site's own squared relative error (fxcompress.core.metric), E the loss of the whole model
+(fxcompress.core.divergence) when that site alone is rewritten, measured on held-out examples. Squared errors of sites
+add, and kappa depends on the family of the rewrite but hardly on its amount (measured on MiniLM: additive within 1-5 %,
+log kappa at 2, 3 and 4 bits correlated 0.99), so one probe a site and family prices every candidate:
 
-A probe starts at the site: the graph's prefix is run once, up to each site in turn, and only the rest is run again with the rewritten
-weight. That halves the cost of a probe on average, and holds the live values at one place in the graph.
+    predicted loss = sum over sites of kappa[site, family] * e[candidate]
+
+A probe starts at the site: the graph's prefix is run once, up to each site in turn, and only the rest is run again with
+the rewritten weight. That halves the cost of a probe on average, and holds the live values at one place in the graph.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def kappa(loss: float, local_error: float) -> float:
 
 
 def price(kappas: Mapping[str, float], structure: str, structure_error: float, total_error: float) -> float:
-    """Predicted loss of a candidate: its structure's part of the error by that family's kappa, what storing adds by quantization's."""
+    """Predicted loss of a candidate: its structure's error by that family's kappa, what storing adds by quantization's."""
     added = max(0.0, total_error - structure_error)
     storage_kappa = kappas.get("quantize", kappas.get(structure, 0.0))
     return kappas.get(structure, storage_kappa) * structure_error + storage_kappa * added

@@ -1,6 +1,7 @@
 """compile: capture -> sites -> calibrate -> propose -> select -> rewrite -> verify -> report, one straight column.
 
-Every stage takes a runnable graph and leaves one. The caller's model, its mode, the random state and torch's settings are not touched.
+Every stage takes a runnable graph and leaves one. The caller's model, its mode, the random state and torch's settings
+are not touched.
 """
 
 from __future__ import annotations
@@ -52,28 +53,45 @@ def compile(
     """A smaller model with the same inputs and outputs, as an `fx.GraphModule` with `.plan` and `.report`.
 
     budget: `"4x"`, `"25%"`, `"12 MB"`, 0.25, or `Budget(size=…, error=…, flops=…)`.
-    example_inputs: a tuple of positional or a dict of keyword inputs; by default the first calibration batch, or, for a Hugging Face
-        model, inputs made from its config.
-    calibration: any iterable of such inputs (a few hundred examples); without it weights are rounded in their own metric.
+    example_inputs: a tuple of positional or a dict of keyword inputs; by default the first calibration batch, or, for a
+        Hugging Face model, inputs made from its config.
+    calibration: any iterable of such inputs (a few hundred examples); without it weights are rounded in their own
+        metric.
     rewrites: names or classes to choose from, by default all of `fxcompress.passes.REWRITES`.
-    plan: choices to replay; with a `budget` as well, the plan's candidates are chosen from anew and nothing is priced again.
+    plan: choices to replay; with a `budget` as well, the plan's candidates are chosen from anew and nothing is priced
+        again.
 
-    Raises `BudgetError`, `InfeasibleBudgetError`, `CaptureError`, `CalibrationError`, `NonFiniteError`, `PlanError` or `SpecError`.
+    Raises `BudgetError`, `InfeasibleBudgetError`, `CaptureError`, `CalibrationError`, `NonFiniteError`, `PlanError` or
+    `SpecError`.
     """
     if budget is None and plan is None:
         raise BudgetError('compile needs a budget such as "4x", or a plan to replay.')
     wanted = Budget.parse(budget) if budget is not None else None
     allowed = resolve(rewrites)
     with _untouched():
-        calibration, first = _peek(calibration)
-        original = capture(model, example_inputs if example_inputs is not None else first or example_of(model))
-        known = _statistics(original, example_inputs if example_inputs is not None else first, calibration, progress)
+        original, known = _observe(model, example_inputs, calibration, progress)
         if plan is None:
             assert wanted is not None
             plan = price(original, allowed, known, wanted, progress)
         elif wanted is not None:
             plan = choose(plan, wanted)
         return _carry_out(original, known, plan, wanted)
+
+
+def plan_only(
+    model: nn.Module,
+    budget: Budget | str | float,
+    *,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    rewrites: Sequence[str | type[Rewrite]] | None = None,
+    progress: bool = True,
+) -> Plan:
+    """The plan `compile` would carry out, with the same arguments; no model is made, so its size is a prediction."""
+    wanted, allowed = Budget.parse(budget), resolve(rewrites)
+    with _untouched():
+        original, known = _observe(model, example_inputs, calibration, progress)
+        return price(original, allowed, known, wanted, progress)
 
 
 def price(
@@ -113,7 +131,7 @@ def resolve(rewrites: Sequence[str | type[Rewrite]] | None) -> tuple[type[Rewrit
 
 
 def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None) -> SignedModule:
-    """Rewrite; where the measured size or error breaks the promise, choose again with the measured figure, and rewrite again."""
+    """Rewrite; where the measured size or error breaks the promise, choose with the measured figure and rewrite again."""
     room, target = budget, None if budget is None or budget.error is None else budget.error
     for _ in range(SIZE_ROUNDS):
         compiled, reports = _rewrite(original, known, plan)
@@ -131,14 +149,15 @@ def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: B
         if not too_big and not too_wrong:
             return compiled
         if too_wrong:
-            assert room.error is not None and target is not None
+            assert room.error is not None
+            assert target is not None
             room = replace(room, error=room.error * 0.98 * target / measured)
         log.info("round: %d bytes and error %.4g against %s; choosing again", total, measured, budget)
         fixed = plan.fixed_bytes + (total - plan.predicted_bytes if too_big else 0)
         plan = replace(choose(replace(plan, fixed_bytes=fixed), room), budget=budget)
     raise InfeasibleBudgetError(
-        f"budget {budget} was not met in {SIZE_ROUNDS} rounds: the best found has {total} bytes and error {measured:.4g} on held-out "
-        "batches. Ask for less, or give more calibration data."
+        f"budget {budget} was not met in {SIZE_ROUNDS} rounds: the best found has {total} bytes and error {measured:.4g} "
+        "on held-out batches. Ask for less, or give more calibration data."
     )
 
 
@@ -180,11 +199,17 @@ def _report(plan: Plan, sites: list[SiteReport], measured: float, known: Calibra
     )
 
 
-def _statistics(original: SignedModule, example: Any, batches: Iterable[Any] | None, progress: bool) -> Calibration:
+def _observe(
+    model: nn.Module, example: tuple[Any, ...] | dict[str, Any] | None, batches: Iterable[Any] | None, progress: bool
+) -> tuple[SignedModule, Calibration]:
+    """Capture, then run the calibration batches; without any, the example inputs are all there is to judge by."""
+    batches, first = _peek(batches)
+    example = example if example is not None else first if first is not None else example_of(model)
+    original = capture(model, example)
     if batches is not None:
-        return calibrate(original, find_sites(original), batches, progress)
-    call = bind_batch(original, example, 0) if example is not None else original.example()
-    return Calibration(held_out=[call], examples=1, calibrated=False, has_held_out=False)
+        return original, calibrate(original, find_sites(original), batches, progress)
+    call = bind_batch(original, example, 0)
+    return original, Calibration(held_out=[call], examples=1, calibrated=False, has_held_out=False)
 
 
 def _sites(gm: SignedModule, known: Calibration) -> list[Site]:
@@ -201,7 +226,9 @@ def _check_fit(plan: Plan, sites: dict[str, Site]) -> None:
     for info in plan.sites:
         site = sites.get(info.name)
         if site is None:
-            raise PlanError(f"the plan was made for another model: it names {info.name!r}, and this model has no such site.")
+            raise PlanError(
+                f"the plan was made for another model: it names {info.name!r}, and this model has no such site."
+            )
         if (site.rows, site.columns) != (info.rows, info.columns):
             raise PlanError(
                 f"the plan was made for another model: {info.name!r} is {info.rows} x {info.columns} in the plan and "
@@ -214,7 +241,9 @@ def _peek(batches: Iterable[Any] | None) -> tuple[Iterable[Any] | None, Any]:
     if batches is None:
         return None, None
     if isinstance(batches, torch.Tensor | dict | str) or not hasattr(batches, "__iter__"):
-        raise CalibrationError(f"calibration is a {type(batches).__name__}; give an iterable of batches, such as a list of input dicts.")
+        raise CalibrationError(
+            f"calibration is a {type(batches).__name__}; give an iterable of batches, such as a list of input dicts."
+        )
     if hasattr(batches, "__len__"):
         first = next(iter(batches), None)
     else:
@@ -222,7 +251,9 @@ def _peek(batches: Iterable[Any] | None) -> tuple[Iterable[Any] | None, Any]:
         first = next(iterator, None)
         batches = itertools.chain([first], iterator) if first is not None else ()
     if first is None:
-        raise CalibrationError("calibration is empty: give at least one batch of inputs, or calibration=None to go without data.")
+        raise CalibrationError(
+            "calibration is empty: give at least one batch of inputs, or calibration=None to go without data."
+        )
     args, kwargs = split_inputs(first)
     return batches, kwargs or args
 

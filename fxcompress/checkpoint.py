@@ -1,21 +1,23 @@
 """Save and load without pickle.
 
     model.safetensors    every tensor the graph reads, by attribute path
-    graph.json.gz        the graph: torch.export's own JSON schema (torch._export.serde), compressed
-    plan.json.gz         the plan with all candidates (fxcompress.core.plan)
-    fxcompress.json      format, versions, how the graph may be called, the report, and length and SHA-256 of the other three
+    graph.json.xz        the graph: torch.export's own JSON schema (torch._export.serde), without stack traces
+    plan.json.xz         the plan with all candidates (fxcompress.core.plan), and the report
+    fxcompress.json      format, versions, how the graph may be called, and length and SHA-256 of the other three
 
-A folder is written beside its target and renamed into place, so a killed save leaves the old folder or the new one. Loading checks every
-length and hash before it parses anything, needs no code of the original model, and gives back the same bits.
+A folder is written beside its target and renamed into place, so a killed save leaves the old folder or the new one.
+Loading checks every length and hash before it parses anything, needs no code of the original model, and gives back the
+same bits.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import hashlib
-import io
+import importlib
+import importlib.util
 import json
+import logging
+import lzma
 import os
 import shutil
 import uuid
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 from torch._export.serde import serialize as serde
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from fxcompress.core.capture import recapture, unlift
 from fxcompress.core.errors import CheckpointError, FxcompressError
@@ -37,17 +40,20 @@ from fxcompress.core.signature import Signature, SignedModule
 from fxcompress.core.site import attribute
 from fxcompress.report import Report
 
+log = logging.getLogger("fxcompress.checkpoint")
+
 FORMAT = 1
-MANIFEST, TENSORS, GRAPH, PLAN = "fxcompress.json", "model.safetensors", "graph.json.gz", "plan.json.gz"
-BYTES_A_NODE, BYTES_A_SITE = 62, 880  # in graph.json.gz; in header, report and graph. Measured on BERT and Llama, a little over
+MANIFEST, TENSORS, GRAPH, PLAN = "fxcompress.json", "model.safetensors", "graph.json.xz", "plan.json.xz"
+# A little over what BERT and Llama need.
+BYTES_A_NODE = 62  # in graph.json.gz
+BYTES_A_SITE = 880  # in header, report and graph
 MAX_GRAPH_BYTES = 1 << 30  # unpacked; a larger one is no graph of ours
 
 
 def save(compiled: SignedModule, folder: str | os.PathLike[str]) -> None:
-    """Write `compiled` (what `compile` or `load` returned) as a new folder. Raises `CheckpointError`; nothing is overwritten."""
+    """Write `compiled` (what `compile` or `load` returned) as a new folder; nothing is overwritten. Raises `CheckpointError`."""
     target = Path(folder)
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target} exists already; choose a new folder or remove it first.")
+    refuse_existing(target)
     if not isinstance(compiled, SignedModule) or "plan" not in compiled.meta:
         raise CheckpointError(f"save takes what fxcompress.compile returned, not a {type(compiled).__name__}.")
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -61,13 +67,15 @@ def save(compiled: SignedModule, folder: str | os.PathLike[str]) -> None:
                 os.fsync(file.fileno())
         os.rename(partial, target)
     except OSError as error:
-        raise CheckpointError(f"{target} could not be written ({error.strerror or error}); nothing was left behind.") from error
+        raise CheckpointError(
+            f"{target} could not be written ({error.strerror or error}); nothing was left behind."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(folder: str | os.PathLike[str]) -> SignedModule:
-    """Read a folder `save` wrote: the same module, bit for bit, with `.plan` and `.report`. Raises `CheckpointError`."""
+    """Read a folder `save` wrote: the same module, bit for bit, with `.plan`, `.report`. Raises `CheckpointError`."""
     source = Path(folder)
     manifest = _manifest(source)
     contents = {name: _checked(source, name, entry) for name, entry in manifest["files"].items()}
@@ -75,13 +83,22 @@ def load(folder: str | os.PathLike[str]) -> SignedModule:
         tensors = safetensors.torch.load(contents[TENSORS])
         for alias, name in manifest["aliases"].items():
             tensors[alias] = tensors[name]
-        gm = _graph(_gunzip(contents[GRAPH]), tensors)
-        plan = Plan.from_json(json.loads(_gunzip(contents[PLAN])))
-        return attach(gm, Signature.from_json(manifest["signature"]), plan, Report.from_json(manifest["report"]))
+        gm = _graph(_unpack(contents[GRAPH]), tensors)
+        told = json.loads(_unpack(contents[PLAN]))
+        plan, report = Plan.from_json(told["plan"]), Report.from_json(told["report"])
+        return attach(gm, Signature.from_json(manifest["signature"]), plan, report)
     except FxcompressError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{source} is damaged or was written by another version: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{source} is damaged or was written by another version: {type(error).__name__}: {error}"
+        ) from error
+
+
+def refuse_existing(target: Path) -> None:
+    """Raises `CheckpointError` where there is anything already."""
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} exists already; choose a new folder or remove it first.")
 
 
 def attach(gm: SignedModule, signature: Signature, plan: Plan, report: Report) -> SignedModule:
@@ -99,8 +116,13 @@ def overhead(compiled: SignedModule) -> int:
 
 
 def predicted_overhead(original: SignedModule, plan: Plan) -> int:
-    """The same before anything is rewritten, from the number of nodes and sites; where it falls short, `compile` chooses again."""
-    return len(_gzip(plan.to_text().encode())) + BYTES_A_NODE * len(original.graph.nodes) + BYTES_A_SITE * len(plan.sites) + 2_000
+    """The same before anything is rewritten, from the numbers of nodes and sites; if it is short, `compile` chooses again."""
+    return (
+        len(_pack(plan.to_text().encode()))
+        + BYTES_A_NODE * len(original.graph.nodes)
+        + BYTES_A_SITE * len(plan.sites)
+        + 2_000
+    )
 
 
 def _files(gm: SignedModule) -> dict[str, bytes]:
@@ -108,8 +130,8 @@ def _files(gm: SignedModule) -> dict[str, bytes]:
     tensors, aliases = _tensors(gm)
     files = {
         TENSORS: safetensors.torch.save(tensors),
-        GRAPH: _gzip(_program(gm)),
-        PLAN: _gzip(gm.meta["plan"].to_text().encode()),
+        GRAPH: _pack(_program(gm)),
+        PLAN: _pack(_plan_text(gm.meta["plan"], gm.meta["report"])),
     }
     manifest = {
         "format": FORMAT,
@@ -117,9 +139,12 @@ def _files(gm: SignedModule) -> dict[str, bytes]:
         "files": {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()},
         "aliases": aliases,
         "signature": gm.signature.to_json(),
-        "report": gm.meta["report"].to_json(),
     }
     return {**files, MANIFEST: json.dumps(manifest).encode()}
+
+
+def _plan_text(plan: Plan, report: Report) -> bytes:
+    return f'{{"plan": {plan.to_text()}, "report": {json.dumps(report.to_json())}}}'.encode()
 
 
 def _tensors(gm: SignedModule) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -141,6 +166,9 @@ def _tensors(gm: SignedModule) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _program(gm: SignedModule) -> bytes:
     """The graph as JSON. serde would also pack the tensors with torch.save; it is handed empty ones."""
     program = recapture(gm)
+    for node in program.graph.nodes:  # source lines of a model that will not be there
+        for key in ("stack_trace", "nn_module_stack", "torch_fn", "from_node", "source_fn_stack"):
+            node.meta.pop(key, None)
     program._state_dict = {name: _hollow(tensor) for name, tensor in program.state_dict.items()}
     program._constants = {name: _hollow(tensor) for name, tensor in program.constants.items()}
     program._example_inputs = None
@@ -153,7 +181,7 @@ def _hollow(tensor: Tensor) -> Tensor:
 
 
 def _graph(text: bytes, tensors: Mapping[str, Tensor]) -> SignedModule:
-    schema = serde._dict_to_dataclass(serde.ExportedProgram, json.loads(_known_types(text)))
+    schema = serde._dict_to_dataclass(serde.ExportedProgram, _known_types(json.loads(text)))
     kinds = {InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR}
     specs = schema.graph_module.signature.input_specs
     parameters = {spec.value.parameter_name for spec in specs if spec.type == "parameter"}
@@ -166,9 +194,30 @@ def _graph(text: bytes, tensors: Mapping[str, Tensor]) -> SignedModule:
     return unlift(program)
 
 
-def _known_types(text: bytes) -> bytes:
-    """Output classes of a library that is not installed become dictionaries with the same keys."""
-    return text
+def _known_types(program: Any) -> Any:
+    """Output classes of a library that is not here become dictionaries with the same keys: the answers matter, not the class.
+
+    transformers is imported where a class of its own is asked for; nothing else a checkpoint names ever is.
+    """
+    for entry in program["graph_module"]["module_call_graph"]:
+        signature = entry.get("signature")
+        if signature is not None:
+            version, spec = json.loads(signature["out_spec"])
+            signature["out_spec"] = json.dumps([version, _plain(spec)])
+    return program
+
+
+def _plain(spec: dict[str, Any]) -> dict[str, Any]:
+    kind = spec["type"]
+    if kind is not None and kind.startswith("transformers.") and importlib.util.find_spec("transformers"):
+        importlib.import_module("transformers.modeling_outputs")
+    if kind is not None and kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        context = json.loads(spec["context"])
+        # a dataclass keeps (set, unset) fields
+        keys = context[0] if context and isinstance(context[0], list) else context
+        log.warning("%s is not available here; outputs are dictionaries with the same keys: %s", kind, ", ".join(keys))
+        spec = {**spec, "type": "builtins.dict", "context": json.dumps(keys)}
+    return {**spec, "children_spec": [_plain(child) for child in spec["children_spec"]]}
 
 
 def _manifest(source: Path) -> dict[str, Any]:
@@ -183,7 +232,7 @@ def _manifest(source: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {manifest['format']!r}; this version reads format {FORMAT}.")
         assert set(manifest["files"]) == {TENSORS, GRAPH, PLAN}
-        assert {"aliases", "signature", "report"} <= set(manifest)
+        assert {"aliases", "signature"} <= set(manifest)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{path} is damaged; compress the model again or restore the file.") from error
     return manifest
@@ -193,21 +242,26 @@ def _checked(source: Path, name: str, entry: Mapping[str, Any]) -> bytes:
     try:
         content = (source / name).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{source / name} is missing or unreadable ({error.strerror}); restore the folder.") from error
+        raise CheckpointError(
+            f"{source / name} is missing or unreadable ({error.strerror}); restore the folder."
+        ) from error
     if len(content) != entry["bytes"]:
-        raise CheckpointError(f"{source / name} has {len(content)} bytes where {entry['bytes']} were written: it is truncated; restore it.")
+        raise CheckpointError(
+            f"{source / name} has {len(content)} bytes where {entry['bytes']} were written: "
+            "it is truncated; restore it."
+        )
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise CheckpointError(f"{source / name} was changed after it was written (SHA-256 differs); restore it.")
     return content
 
 
-def _gzip(content: bytes) -> bytes:
-    return gzip.compress(content, compresslevel=9, mtime=0)
+def _pack(content: bytes) -> bytes:
+    return lzma.compress(content, preset=9)
 
 
-def _gunzip(content: bytes) -> bytes:
-    with contextlib.closing(gzip.GzipFile(fileobj=io.BytesIO(content))) as file:
-        text = file.read(MAX_GRAPH_BYTES + 1)
-    if len(text) > MAX_GRAPH_BYTES:
-        raise CheckpointError(f"a compressed file unpacks to more than {MAX_GRAPH_BYTES} bytes.")
+def _unpack(content: bytes) -> bytes:
+    unpacker = lzma.LZMADecompressor(memlimit=1 << 30)
+    text = unpacker.decompress(content, MAX_GRAPH_BYTES)
+    if not unpacker.eof:
+        raise CheckpointError(f"a compressed file is cut short, or unpacks to more than {MAX_GRAPH_BYTES} bytes.")
     return text

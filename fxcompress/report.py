@@ -63,10 +63,12 @@ class Report:
             (unit, f"{self.predicted_error:.4g}", f"{self.measured_error:.4g}", f"{off:+.1%}"),
         ]  # fmt: skip
         table = tabulate(rows, headers=["", "predicted", "measured", "off by"], disable_numparse=True)
-        on = f"{self.examples} {'held-out' if self.held_out else 'calibration'} examples" if self.calibrated else "the example inputs, for want of calibration data"
+        on = "the example inputs, for want of calibration data"
+        if self.calibrated:
+            on = f"{self.examples} {'held-out' if self.held_out else 'calibration'} examples"
         return (
-            f"report: {self.budget}; {format_bytes(self.original_bytes)} -> {format_bytes(self.measured_bytes)} ({self.ratio:.2f}x)\n\n"
-            f"{table}\n\nerror measured on {on}"
+            f"report: {self.budget}; {format_bytes(self.original_bytes)} -> {format_bytes(self.measured_bytes)} "
+            f"({self.ratio:.2f}x)\n\n{table}\n\nerror measured on {on}"
         )
 
     def table(self) -> str:

@@ -20,7 +20,7 @@ from fxcompress.core.site import Site, Use, use_cost
 
 @dataclass(frozen=True)
 class Dense(Structure):
-    """The structure of a weight nobody factored; its spec is left out of texts ("quantize{…}", or "keep" when stored as it is)."""
+    """A weight nobody factored; its spec is left out of texts ("quantize{…}", or "keep" when stored as it is)."""
 
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = ""

@@ -8,8 +8,9 @@ tr((W - U V) G (W - U V)^T) is
 
     U = P_r diag(s_r)      V = Q_r^T S^-1      with error exactly   s_{r+1}^2 + ... + s_k^2
 
-(Eckart-Young, applied to W S). Without calibration G = I and this is the plain truncated SVD. For an embedding the rows are weighted
-by their probability p as well: sqrt(p) W S is factored, and U is divided by sqrt(p) again. `best_factors` gets there by eigenvectors.
+(Eckart-Young, applied to W S). Without calibration G = I and this is the plain truncated SVD. For an embedding the rows
+are weighted by their probability p as well: sqrt(p) W S is factored, and U is divided by sqrt(p) again. `best_factors`
+gets there by eigenvectors.
 
 V is stored first. Whatever storing did to it, U is then the least-squares answer to the stored V':
 U = W G V'^T (V' G V'^T)^-1, so a quantized V costs less than its own rounding error.
@@ -18,8 +19,8 @@ U = W G V'^T (V' G V'^T)^-1, so a quantized V costs less than its own rounding e
     dense   2 tokens out in           out in
     here    2 tokens rank (out+in)    rank (out + in)      rank < out in / (out + in)
 
-Papers: Wang et al., SVD-LLM, ICLR 2025 (arXiv 2403.07378), truncation-aware whitening; Chen et al., DRONE, NeurIPS 2021, the same
-minimiser; Cahyawijaya, Greenformers, 2021, low rank for transformers.
+Papers: Wang et al., SVD-LLM, ICLR 2025 (arXiv 2403.07378), truncation-aware whitening; Chen et al., DRONE,
+NeurIPS 2021, the same minimiser; Cahyawijaya, Greenformers, 2021, low rank for transformers.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class LowRank(Structure):
         most = min(site.rows, site.columns)
         if self.rank > most:
             raise SpecError(
-                f"low_rank{{rank={self.rank}}} at {site.name}: the weight is {site.rows} x {site.columns}, so rank must be 1 to {most}."
+                f"low_rank{{rank={self.rank}}} at {site.name}: the weight is {site.rows} x {site.columns}, "
+                f"so rank must be 1 to {most}."
             )
         best = site.analysis(best_factors)
         u, v = best.u[:, : self.rank], best.v[: self.rank]
@@ -141,7 +143,9 @@ class LowRank(Structure):
             transposed = graph.call_function(torch.ops.aten.t.default, (operands["v"].read(),))
             return graph.call_function(torch.ops.aten.linear.default, (rows, transposed))
         args = (use.x, operands["v"].read(), operands["u"].read())
-        return graph.call_function(torch.ops.fxcompress.low_rank_linear.default, (*args, bias) if bias is not None else args)
+        return graph.call_function(
+            torch.ops.fxcompress.low_rank_linear.default, (*args, bias) if bias is not None else args
+        )
 
     def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
         return op.cost(tokens_of(use), rows, columns, self.rank, weight_bytes, itemsize)

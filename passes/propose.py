@@ -1,10 +1,12 @@
 """Every recipe worth weighing at every site, priced: bytes, flops, the site's own error, the loss it costs the model.
 
 1. Each storage on the dense weight: its exact error from the calibration statistics.
-2. Each structure, plain and with each storage on its factors. A structure's error before storing is a closed form and a lower bound;
-   a recipe is dropped unmade when that error, plus what the same storage does to the dense weight, is no better than a stored dense
-   weight of no more bytes (with some room, because kappa differs between families), and made and measured otherwise.
-3. One probe of the model per site and family that is left (fxcompress.cost_model.sensitivity) turns site errors into losses.
+2. Each structure, plain and with each storage on its factors. A structure's error before storing is a closed form and a
+   lower bound; a recipe is dropped unmade when that error, plus what the same storage does to the dense weight, is no
+   better than a stored dense weight of no more bytes (with some room, because kappa differs between families), and made
+   and measured otherwise.
+3. One probe of the model per site and family that is left (fxcompress.cost_model.sensitivity) turns site errors into
+   losses.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from fxcompress.cost_model.sensitivity import Prober, kappa, price
 from fxcompress.passes.recipe import Recipe
 
 FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
-MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth, so a structure that loses more is no answer to any budget
+MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth: a structure that loses more answers no budget
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def propose(
     return candidates, refusals
 
 
-def trials_of(site: Site, rewrites: Sequence[type[Rewrite]], min_gain: float) -> tuple[list[Trial], list[tuple[str, str]]]:
+def trials_of(
+    site: Site, rewrites: Sequence[type[Rewrite]], min_gain: float
+) -> tuple[list[Trial], list[tuple[str, str]]]:
     """-> (recipes that save at least `min_gain` of the site's bytes, refusals)."""
     trials: list[Trial] = []
     refused: list[tuple[str, str]] = []
@@ -83,14 +87,16 @@ def trials_of(site: Site, rewrites: Sequence[type[Rewrite]], min_gain: float) ->
         ]
         trials += factored
         if not factored:
-            refused.append((structure.name, "it loses too much, or a quantized dense weight of the same bytes is closer"))
+            refused.append(
+                (structure.name, "it loses too much, or a quantized dense weight of the same bytes is closer")
+            )
     return trials, refused
 
 
 def _estimates(
     site: Site, structure: type[Structure], storages: Sequence[type[Storage]], rivals: Sequence[Trial], most: float
 ) -> list[Trial]:
-    """Every instance with every storage of its factors; its error estimated as its own plus what that storage does to the dense weight."""
+    """Every instance with every storage of its factors; its error is taken as its own plus that storage's on the dense weight."""
     added: dict[Storage | None, float] = {t.recipe.storage: t.error for t in rivals} | {None: 0.0}
     kinds = (None, *(s for kind in storages for s in kind.for_factors(site)))
     found = []
@@ -156,7 +162,10 @@ def _probe(prober: Prober, site: Site, trials: Sequence[Trial]) -> dict[str, flo
     factored = [t for t in trials if t.structure_error > 0.0]
     families = {
         **({"quantize": dense} if dense else {}),
-        **{name: [t for t in factored if t.recipe.structure.name == name] for name in sorted({t.recipe.structure.name for t in factored})},
+        **{
+            name: [t for t in factored if t.recipe.structure.name == name]
+            for name in sorted({t.recipe.structure.name for t in factored})
+        },
     }
     for family, mine in families.items():
         probe = _typical(mine)

@@ -1,12 +1,13 @@
-"""Blockwise quantization:  W  ->  integer codes of 8, 4, 3 or 2 bits, a scale and a zero for every `group_size` weights of a row.
+"""Blockwise quantization:  W  ->  codes of 8, 4, 3 or 2 bits, a scale and a zero for `group_size` weights of a row.
 
     w' = s (q - z)        stored: bits + 12 / group_size bits a weight (fxcompress.codegen.ops.dequantize)
 
-The rounding minimises the error in the metric of the site's inputs (fxcompress.passes.rounding): error feedback where calibration gave a
-metric, MSE-optimal scales and zeros where it did not. 8 bits are rounded to nearest: what is left is a thousandth.
+The rounding minimises the error in the metric of the site's inputs (fxcompress.passes.rounding): error feedback where
+calibration gave a metric, MSE-optimal scales and zeros where it did not. 8 bits are rounded to nearest: what is left is
+a thousandth.
 
-Papers: Frantar et al., GPTQ, ICLR 2023 (arXiv 2210.17323); Badri & Shaji, HQQ, 2023 (zeros and scales by optimisation, no data);
-Behdin et al., QuantEase (arXiv 2309.01885); blockwise scales for every tensor: BCT (arXiv 2304.01483).
+Papers: Frantar et al., GPTQ, ICLR 2023 (arXiv 2210.17323); Badri & Shaji, HQQ, 2023 (zeros and scales by optimisation,
+no data); Behdin et al., QuantEase (arXiv 2309.01885); blockwise scales for every tensor: BCT (arXiv 2304.01483).
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Quantize(Storage):
         if self.bits not in BITS:
             raise SpecError(f"quantize bits={self.bits!r}: allowed are {', '.join(map(str, BITS))}.")
         if self.group_size not in GROUP_SIZES:
-            raise SpecError(f"quantize group_size={self.group_size!r}: allowed are 32, 64, 128, and 0 for the whole row.")
+            raise SpecError(
+                f"quantize group_size={self.group_size!r}: allowed are 32, 64, 128, and 0 for the whole row."
+            )
 
     @classmethod
     def refuses(cls, site: Site) -> str | None:
@@ -111,7 +114,7 @@ class Quantize(Storage):
         return self.bits, self.group(like.shape[1]), like.shape[1], like.dtype
 
     def group(self, columns: int) -> int:
-        """The group size on a row of `columns`: 0 also where a group would span the row anyway (the thin factors of a low rank)."""
+        """The group size on a row of `columns`: 0 also where a group would span the row anyway (a low rank's thin factors)."""
         return 0 if self.group_size >= columns else self.group_size
 
 
@@ -121,7 +124,7 @@ def is_table(site: Site) -> bool:
 
 
 def rounded_table(site: Site) -> dict[Quantize, Tensor]:
-    """The table at each setting tried; kept for the site's analysis, because row tiers are put together from the same."""
+    """The table at each setting tried, kept in the site's analysis: row tiers are put together from the same."""
     return dict(rounded(site.weight, rounding_metric(site), [*Quantize.space(site)]))
 
 

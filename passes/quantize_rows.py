@@ -2,16 +2,17 @@
 
     e = sum_r p_r e_r(tier_r)        bytes = sum_r bytes(tier_r) + index
 
-p_r is how often row r will be read (fxcompress.core.calibrate.row_probabilities), e_r what rounding at a tier loses there in the metric of
-the rest of the model. Language is Zipf's: 2,000 of BERT's 30,522 tokens carry nine tenths of a text, so most of the table can stay at
-2 bits while the error is that of the widths the frequent rows have. On MiniLM, 2.3 bits a weight in tiers loses less than half of what
-2.2 bits lose everywhere.
+p_r is how often row r will be read (fxcompress.core.calibrate.row_probabilities), e_r what rounding at a tier loses
+there in the metric of the rest of the model. Language is Zipf's: 2,000 of BERT's 30,522 tokens carry nine tenths of a
+text, so most of the table can stay at 2 bits while the error is that of the widths the frequent rows have. On MiniLM,
+2.3 bits a weight in tiers loses less than half of what 2.2 bits lose everywhere.
 
-Rows are ordered by p_r |W_r|^2_M, the loss they stand for; the first `rows8` go to 8 bits, the next `rows4` to 4, and so on, so the four
-counts say everything. `space` walks the lower convex hull: for a price lambda a byte each row takes argmin_t p_r e_r(t) + lambda bytes(t).
+Rows are ordered by p_r |W_r|^2_M, the loss they stand for; the first `rows8` go to 8 bits, the next `rows4` to 4, and
+so on, so the four counts say everything. `space` walks the lower convex hull: for a price lambda a byte each row takes
+argmin_t p_r e_r(t) + lambda bytes(t).
 
-Within its tier a row is rounded as fxcompress.passes.quantize does it. Related: Chen et al., GroupReduce, NeurIPS 2018; Grave et al.,
-adaptive softmax, ICML 2017 (capacity by frequency).
+Within its tier a row is rounded as fxcompress.passes.quantize does it. Related: Chen et al., GroupReduce, NeurIPS 2018;
+Grave et al., adaptive softmax, ICML 2017 (capacity by frequency).
 """
 
 from __future__ import annotations
@@ -148,7 +149,9 @@ def _tables(site: Site) -> _Tables:
 
 def _priced(site: Site) -> tuple[QuantizeRows, ...]:
     errors = site.analysis(_tables).errors
-    cost = torch.tensor([float(stored_bytes(1, site.columns, t.bits, t.group(site.columns)) - 8) for t in TIERS]).unsqueeze(1)
+    cost = torch.tensor(
+        [float(stored_bytes(1, site.columns, t.bits, t.group(site.columns)) - 8) for t in TIERS]
+    ).unsqueeze(1)
     scale = float(errors[-1].mean() / cost.mean()) or 1.0
     found = {}
     for price in torch.logspace(-4.5, 2.5, PRICES).flip(0) * scale:
@@ -170,4 +173,11 @@ def _row_energies(a: Tensor, metric: Metric) -> Tensor:
 
 def _arguments(tensors: Mapping[str, Tensor] | Mapping[str, fx.Node], like: Tensor) -> tuple[object, ...]:
     lists = [[tensors[f"{part}{t.bits}"] for t in TIERS] for part in ("codes", "scales", "zeros", "grid")]
-    return (tensors["index"], *lists, [t.bits for t in TIERS], [t.group(like.shape[1]) for t in TIERS], like.shape[1], like.dtype)
+    return (
+        tensors["index"],
+        *lists,
+        [t.bits for t in TIERS],
+        [t.group(like.shape[1]) for t in TIERS],
+        like.shape[1],
+        like.dtype,
+    )

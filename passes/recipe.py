@@ -120,7 +120,10 @@ def parse(text: str, known: Iterable[type[Rewrite]]) -> Recipe:
         elif isinstance(rewrite, Storage) and storage is None:
             storage = rewrite
         else:
-            raise SpecError(f"{text!r}: write at most one structure, then at most one storage, as in 'low_rank{{rank=80}} | quantize{{bits=4, group_size=64}}'.")  # fmt: skip
+            raise SpecError(
+                f"{text!r}: write at most one structure, then at most one storage, "
+                "as in 'low_rank{rank=80} | quantize{bits=4, group_size=64}'."
+            )
     return Recipe(structure or Dense(), storage)
 
 

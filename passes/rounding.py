@@ -1,16 +1,16 @@
 """Rounding a matrix W (rows, columns) to a grouped grid so that tr(D G D^T), D = W - W', is small.
 
-    w' = s (q - z),   q in 0 .. 2^bits - 1,   one scale s and one zero z a group of a row        (fxcompress.codegen.ops.dequantize)
+    w' = s (q - z),   q in 0 .. 2^bits - 1,   one scale s and one zero z a group of a row (fxcompress.codegen.ops.dequantize)
 
-1. `fit`       s and z of each group by search and Lloyd steps, minimising sum_j G_jj D_j^2; snapped to the grids that are stored.
+1. `fit`       s and z of each group by search and Lloyd steps, minimising sum_j G_jj D_j^2; snapped to the stored grids.
 2. `feed_back` columns in order of falling G_jj; each column's rounding error is spread over the columns still to come,
-               W_k -= e_j U_jk / U_jj with U the upper Cholesky factor of G^-1 (GPTQ, Frantar et al. 2022, arXiv 2210.17323).
-3. `descend`   one cyclic sweep of exact coordinate descent over the codes (QuantEase, Behdin et al. 2023, arXiv 2309.01885).
+               W_k -= e_j U_jk / U_jj with U the upper Cholesky factor of G^-1 (GPTQ, Frantar et al., arXiv 2210.17323).
+3. `descend`   one cyclic sweep of exact coordinate descent over the codes (QuantEase, Behdin et al., arXiv 2309.01885).
 4. `refit`     for the codes found, the least-squares scales of each row in the metric G, snapped again.
 
-Rows never interact, so several bit widths and group sizes are extra rows of one pass. Everything works on X = W^T (columns, rows), where a
-column of all rows is one contiguous vector. Without a metric, G = I: columns do not interact either, and only step 1 is left, which is
-the MSE-optimal data-free rounding.
+Rows never interact, so several bit widths and group sizes are extra rows of one pass. Everything works on X = W^T
+(columns, rows), where a column of all rows is one contiguous vector. Without a metric, G = I: columns do not interact
+either, and only step 1 is left, which is the MSE-optimal data-free rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROW_CHUNK = 8192  # rows worked on at once: bounds memory at a few times 8192 co
 
 
 class Grid(NamedTuple):
-    """scale, zero (groups, rows) as they will be read back; their codes uint8; base and step of the scale's logarithm."""
+    """scale, zero (groups, rows) as they will be read back; their uint8 codes; base and step of the scale's logarithm."""
 
     scale: Tensor
     zero: Tensor
@@ -50,7 +50,7 @@ class Curvature(NamedTuple):
 
 
 def curvature(metric: Tensor) -> Curvature:
-    """Factor G once; all bit widths and group sizes share it. float64 inside: the inverse of a moment squares its condition number."""
+    """Factor G once for all bit widths and group sizes. In float64: inverting a moment squares its condition number."""
     level = DAMPING * metric.diagonal().mean() + torch.finfo(metric.dtype).tiny ** 0.5
     damped = metric + level * torch.eye(len(metric), dtype=metric.dtype)
     order = torch.argsort(damped.diagonal(), descending=True, stable=True)
@@ -79,7 +79,12 @@ def snap(scale: Tensor, zero: Tensor, bits: int) -> Grid:
     zero_codes = ((zero + 0.5) / unit).round().clamp(0, 15).to(torch.uint8)
     # the very expressions of fxcompress.codegen.ops.dequantize, so that what is rounded against is what is read
     return Grid(
-        torch.exp2(grid[0] + grid[1] * scale_codes.float()), zero_codes.float() * unit - 0.5, scale_codes, zero_codes, base, step
+        torch.exp2(grid[0] + grid[1] * scale_codes.float()),
+        zero_codes.float() * unit - 0.5,
+        scale_codes,
+        zero_codes,
+        base,
+        step,
     )
 
 
@@ -100,7 +105,9 @@ def read_back(codes: Tensor, grid: Grid, group: int) -> Tensor:
     return (codes - zero) * scale
 
 
-def round_with(x: Tensor, grids: list[Grid], bits: list[int], groups: list[int], curve: Curvature) -> list[tuple[Tensor, Grid]]:
+def round_with(
+    x: Tensor, grids: list[Grid], bits: list[int], groups: list[int], curve: Curvature
+) -> list[tuple[Tensor, Grid]]:
     """Steps 2-4 for several settings at once -> [(uint8 codes (columns, rows), grid)]."""
     parts: list[list[tuple[Tensor, Tensor]]] = []
     chunk = max(1, ROW_CHUNK // len(bits))
@@ -169,7 +176,7 @@ def descend(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, top: Tensor, 
 
 
 def refit(x: Tensor, codes: Tensor, grid: Grid, group: int, damped: Tensor) -> Tensor:
-    """Step 4: scales (groups, rows) with  min_s tr((C s - X)^T G (C s - X)),  C = q - z;  a small ridge keeps them near the old ones."""
+    """Step 4: scales (groups, rows) with  min_s tr((C s - X)^T G (C s - X)),  C = q - z;  a ridge keeps them near the old."""
     columns, rows = x.shape
     groups = len(grid.scale)
     _, zero = spread(grid, group, columns)
@@ -199,7 +206,7 @@ def _grouped(values: Tensor, group: int) -> Tensor:
 
 
 def _search(x: Tensor, bits: int, group: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Best scale and zero (groups, rows) over a few starting ranges, then Lloyd steps: refit the line q -> w, round again."""
+    """Best scale, zero (groups, rows) over a few starting ranges, then Lloyd steps: refit the line q -> w, round again."""
     top, middle, tiny = 2**bits - 1, (2**bits - 1) / 2, 1e-12
     v = _grouped(x, group)  # (groups, group, rows)
     ones = torch.ones(len(x)) if importance is None else importance.float() + DAMPING * importance.float().mean()
@@ -216,7 +223,9 @@ def _search(x: Tensor, bits: int, group: int, importance: Tensor | None) -> tupl
 
     low, high = v.amin(1).clamp_max(0), v.amax(1).clamp_min(0)
     reach = torch.maximum(-low, high).clamp_min(tiny)
-    starts = [(s := ((high - low) * share / top).clamp_min(tiny), snapped(middle - (high + low) / 2 / s)) for share in _STARTS]
+    starts = [
+        (s := ((high - low) * share / top).clamp_min(tiny), snapped(middle - (high + low) / 2 / s)) for share in _STARTS
+    ]
     starts += [(reach * 2 * share / top, torch.full_like(reach, middle)) for share in _SYMMETRIC_STARTS]
     best = (*starts[0], *rounded(*starts[0]))
     for start in starts[1:]:

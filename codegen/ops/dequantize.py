@@ -1,14 +1,17 @@
-"""Packed codes -> weight:   w = scale (code - zero),   scale = 2^(grid_0 + grid_1 scale_code),   zero = 2^bits zero_code / 16 - 1/2
+"""Packed codes -> weight.
+
+    w = scale (code - zero)      scale = 2^(grid_0 + grid_1 scale_code)      zero = 2^bits zero_code / 16 - 1/2
 
     codes   uint8 (..., packed_bytes(columns, bits))    fxcompress.codegen.packing
     scales  uint8 (..., groups)                         groups = ceil(columns / group_size); group_size 0: the whole row
     zeros   uint8 (..., ceil(groups / 2))               two 4-bit zero_codes a byte, low half first
-    grid    float32 (2,)                                one a tensor: log2 of the smallest scale, and of the ratio between neighbours
+    grid    float32 (2,)                                log2 of the tensor's smallest scale, and of the ratio between neighbours
     ->      dtype (..., columns)
 
-A scale kept as a logarithm costs 8 bits instead of 16 and needs no super-scale per row; rounding happens against the scale that is
-stored, so nothing is lost by it. Half-integer zeros make the symmetric grids of 2 bits, (-3, -1, 1, 3)/2, exactly representable.
-Stored: bits + 12 / group_size bits a weight. Reading it costs one multiply and one subtract a weight.
+A scale kept as a logarithm costs 8 bits instead of 16 and needs no super-scale per row; rounding happens against the
+scale that is stored, so nothing is lost by it. Half-integer zeros make the symmetric grids of 2 bits, (-3, -1, 1, 3)/2,
+exactly representable. Stored: bits + 12 / group_size bits a weight. Reading it costs one multiply and one subtract a
+weight.
 """
 
 from __future__ import annotations
@@ -21,7 +24,14 @@ from fxcompress.codegen.packing import packed_bytes, unpack
 
 @torch.library.custom_op("fxcompress::dequantize", mutates_args=())
 def dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor, grid: Tensor, bits: int, group_size: int, columns: int, dtype: torch.dtype
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    grid: Tensor,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The formula above; float32 arithmetic, one rounding to `dtype` at the end."""
     groups = scales.shape[-1]
@@ -37,7 +47,14 @@ def dequantize(
 
 @dequantize.register_fake
 def _(
-    codes: Tensor, scales: Tensor, zeros: Tensor, grid: Tensor, bits: int, group_size: int, columns: int, dtype: torch.dtype
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    grid: Tensor,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return codes.new_empty(*codes.shape[:-1], columns, dtype=dtype)
 

@@ -1,6 +1,8 @@
 """y = dequantize(codes)[ids], reading only the rows that are asked for.
 
-    ids int (...)   codes, scales, zeros, grid: as in fxcompress.codegen.ops.dequantize, one row a vocabulary entry   ->   (..., columns)
+    ids                           int (...)
+    codes, scales, zeros, grid    as in fxcompress.codegen.ops.dequantize, one row a vocabulary entry
+    ->                            dtype (..., columns)
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     "4x"      a quarter of the original          "25%" or 0.25   the same
     "12 MB"   12 * 10^6 bytes on disk            Budget(size="4x", error=0.05, flops="2x")
 
-Size means every byte `save` writes. With a size (or flops) the plan minimises the model's error under it; with an error alone it
-minimises size, and the promise is checked on held-out batches. Error is the relative output error, or nats of KL where the model's
-output is called logits (fxcompress.core.divergence).
+Size means every byte `save` writes. With a size (or flops) the plan minimises the model's error under it; with an error
+alone it minimises size, and the promise is checked on held-out batches. Error is the relative output error, or nats of
+KL where the model's output is called logits (fxcompress.core.divergence).
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Budget:
         if self.error is not None and not (isinstance(self.error, int | float) and 0 < self.error < math.inf):
             raise BudgetError(f"Budget error={self.error!r} is no bound; write a number above 0, such as error=0.05.")
         if not 0 <= self.min_gain < 1:
-            raise BudgetError(f"Budget min_gain={self.min_gain!r} must lie in [0, 1): the share of bytes a rewrite must save.")
+            raise BudgetError(
+                f"Budget min_gain={self.min_gain!r} must lie in [0, 1): the share of bytes a rewrite must save."
+            )
 
     @classmethod
     def parse(cls, budget: Budget | str | float) -> Budget:

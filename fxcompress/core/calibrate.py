@@ -1,11 +1,13 @@
-"""What flows through each site, streamed batch by batch: memory holds the statistics and one batch, never all activations.
+"""What flows through each site, streamed: memory holds the statistics and one batch, never all activations.
 
-    linear sites      H = E[x x^T],  mu = E[x]         summed over tokens in float64, one pair per distinct input node (Q, K, V share theirs)
-    embedding sites   p_r    how often row r will be read, smoothed from how often it was (`row_probabilities`)
-                      M = E[g g^T]                     g the gradient of the model's loss at the looked-up row, over a few batches
+    linear sites      H = E[x x^T],  mu = E[x]    over tokens, in float64; sites with one input node share a pair (Q, K, V)
+    embedding sites   p_r                         how often row r will be read, smoothed from how often it was
+                                                  (`row_probabilities`)
+                      M = E[g g^T]                g the gradient of the model's loss at the looked-up row, a few batches
 
-The last quarter of every batch (or every fourth batch, where batches hold fewer than four examples) is held out: it never enters H or
-p. Sensitivities are probed and predictions are checked on it. Padding, where an attention_mask says so, is left out of everything.
+The last quarter of every batch (or every fourth batch, where batches hold fewer than four examples) is held out: it
+never enters H or p. Sensitivities are probed and predictions are checked on it. Padding, where an attention_mask says
+so, is left out of everything.
 """
 
 from __future__ import annotations
@@ -89,17 +91,20 @@ def _pooled(moments: dict[str, Moment], site: Site) -> tuple[Tensor, Tensor] | N
     count = sum(m.count for m in seen)
     if not count:
         return None
-    second, total = (torch.stack([t for m in seen if (t := getattr(m, name)) is not None]).sum(0) for name in ("second", "total"))
+    second, total = (
+        torch.stack([t for m in seen if (t := getattr(m, name)) is not None]).sum(0) for name in ("second", "total")
+    )
     return second / count, total / count
 
 
 def row_probabilities(counts: Tensor) -> Tensor:
     """How often each row of a table will be read on fresh data, from how often it was: (rows,) float64, summing to 1.
 
-    Absolute discounting d = N_1 / (N_1 + 2 N_2) with N_k the rows seen k times; what the seen rows give up goes to all rows of the same
-    stretch of ids in proportion to the stretch's N_1, because vocabularies list tokens roughly by frequency (Good-Turing's estimate of
-    the unseen, stretch by stretch; Good, Biometrika 1953; Ney, Essen & Kneser 1994). A tenth is spread over all rows evenly: text longer
-    or stranger than the calibration text will come, and no row may be thrown away for being absent from it.
+    Absolute discounting d = N_1 / (N_1 + 2 N_2) with N_k the rows seen k times; what the seen rows give up goes to all
+    rows of the same stretch of ids in proportion to the stretch's N_1, because vocabularies list tokens roughly by
+    frequency (Good-Turing's estimate of the unseen, stretch by stretch; Good, Biometrika 1953; Ney, Essen & Kneser
+    1994). A tenth is spread over all rows evenly: text longer or stranger than the calibration text will come, and no
+    row may be thrown away for being absent from it.
     """
     rows, total = len(counts), float(counts.sum())
     even = torch.full_like(counts, 1 / rows)
@@ -135,7 +140,9 @@ def calibrate(gm: SignedModule, sites: Sequence[Site], batches: Iterable[Any], p
         if len(gradient_batches) < GRADIENT_BATCHES:
             gradient_batches.append(fit)
     if result.examples == 0:
-        raise CalibrationError("calibration is empty: give at least one batch of inputs, or calibration=None to go without data.")
+        raise CalibrationError(
+            "calibration is empty: give at least one batch of inputs, or calibration=None to go without data."
+        )
     if not result.held_out:
         log.warning("calibration holds too few examples to hold any out; predictions are checked on the same data.")
         result.held_out, result.has_held_out = gradient_batches[:1], False
@@ -160,7 +167,7 @@ def bind_batch(gm: SignedModule, batch: Any, index: int) -> Call:
 
 
 class _Observer(fx.Interpreter):
-    """Adds the inputs of every site to `moments` and `counts` as the graph runs; values are freed after their last use."""
+    """Adds every site's inputs to `moments` and `counts` as the graph runs; values are freed after their last use."""
 
     def __init__(
         self, gm: SignedModule, sites: Sequence[Site], moments: dict[str, Moment], counts: dict[str, Tensor]
@@ -185,13 +192,17 @@ class _Observer(fx.Interpreter):
             moment.add(unmasked(value, self.mask))
             if not bool(torch.isfinite(moment.total).all()):  # type: ignore[arg-type]
                 site = self.linear[n.name].name
-                raise CalibrationError(f"calibration batch {self.index} makes the input of {site} NaN or infinite; remove that batch.")
+                raise CalibrationError(
+                    f"calibration batch {self.index} makes the input of {site} NaN or infinite; remove that batch."
+                )
         if n.name in self.lookup:
             ids = value if self.mask is None or value.shape != self.mask.shape else value[self.mask.bool()]
             rows = self.lookup[n.name].rows
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
-                raise CalibrationError(f"calibration batch {self.index} looks up id {int(ids.max())} in {self.lookup[n.name].name}, "
-                                       f"which has {rows} rows.")  # fmt: skip
+                raise CalibrationError(
+                    f"calibration batch {self.index} looks up id {int(ids.max())} in {self.lookup[n.name].name}, "
+                    f"which has {rows} rows."
+                )
             seen = torch.bincount(ids.reshape(-1), minlength=rows).double()
             self.counts[n.name] = self.counts.get(n.name, 0) + seen
         return value
@@ -200,8 +211,8 @@ class _Observer(fx.Interpreter):
 def lookup_gradients(gm: SignedModule, sites: Sequence[Site], calls: Sequence[Call]) -> dict[str, Tensor]:
     """sum g g^T (columns, columns) at every embedding lookup, g the gradient of a random direction of the output.
 
-    With r ~ N(0, I) per output element, E[g g^T] = J^T J: how the squared output error reacts to an error of the row. For logits r is
-    onehot(sample) - p, and E[g g^T] is the Fisher information, the second order of the KL.
+    With r ~ N(0, I) per output element, E[g g^T] = J^T J: how the squared output error reacts to an error of the row.
+    For logits r is onehot(sample) - p, and E[g g^T] is the Fisher information, the second order of the KL.
     """
     lookups = [use.node.name for site in sites for use in site.uses if use.kind == "embedding"]
     sums: dict[str, Tensor] = {}
@@ -211,7 +222,9 @@ def lookup_gradients(gm: SignedModule, sites: Sequence[Site], calls: Sequence[Ca
         with torch.enable_grad():
             outputs = named_outputs(runner.run_call(call), mask_of(call[1]))
             direction = sum(
-                (_random_direction(y, kind_of(outputs), generator) * y).sum() for y in outputs.values() if y.requires_grad
+                (_random_direction(y, kind_of(outputs), generator) * y).sum()
+                for y in outputs.values()
+                if y.requires_grad
             )
             if not isinstance(direction, Tensor):
                 continue
@@ -221,7 +234,9 @@ def lookup_gradients(gm: SignedModule, sites: Sequence[Site], calls: Sequence[Ca
             if grad is not None:
                 g = unmasked(grad, mask_of(call[1])).reshape(-1, grad.shape[-1]).double()
                 sums[name] = sums.get(name, torch.zeros(g.shape[1], g.shape[1], dtype=torch.float64)) + g.T @ g
-    return {name: total for name, total in sums.items() if bool(torch.isfinite(total).all()) and float(total.trace()) > 0}
+    return {
+        name: total for name, total in sums.items() if bool(torch.isfinite(total).all()) and float(total.trace()) > 0
+    }
 
 
 class _LeafLookups(fx.Interpreter):

@@ -1,13 +1,15 @@
 """nn.Module + example inputs -> ATen GraphModule with the real weights, dynamic batch and sequence.
 
-torch.export traces the model once (non-strict). Dimension 0 of every input, and dimension 1 of inputs with two or three dimensions
-(token ids, masks, features), are left to torch.export to make dynamic where the model allows it; a single example is doubled along
-the batch first, because torch.export would take a size of 1 for a constant. Output classes come back as the model made them.
+torch.export traces the model once (non-strict). Dimension 0 of every input, and dimension 1 of inputs with two or three
+dimensions (token ids, masks, features), are left to torch.export to make dynamic where the model allows it; a single
+example is doubled along the batch first, because torch.export would take a size of 1 for a constant. Output classes
+come back as the model made them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import traceback
 import warnings
@@ -39,6 +41,7 @@ def capture(model: nn.Module, inputs: Inputs) -> SignedModule:
         raise CaptureError("example_inputs is empty: give a tuple of positional or a dict of keyword inputs.")
     with _as_exported(model):
         args, kwargs = _double_single_batch(model, args, kwargs)
+        _register_dataclasses(model, args, kwargs)
         try:
             program = export(model, args, kwargs)
         except Exception as error:
@@ -51,7 +54,7 @@ def capture(model: nn.Module, inputs: Inputs) -> SignedModule:
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One batch as a user gives it -> (args, kwargs): a dict is keywords, a tuple or list positions, a tensor the one position."""
+    """One batch as a user gives it -> (args, kwargs): a dict is keywords, a tuple or list positions, a tensor the first."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple | list):
@@ -66,14 +69,16 @@ def example_of(model: nn.Module) -> Inputs:
     config = getattr(model, "config", None)
     if own is None or main is None or config is None:
         raise CaptureError(
-            f"{type(model).__name__} is not a Hugging Face model, so its inputs cannot be guessed: pass example_inputs=(x,) or "
-            "example_inputs={'x': x}, or calibration batches."
+            f"{type(model).__name__} is not a Hugging Face model, so its inputs cannot be guessed: "
+            "pass example_inputs=(x,) or example_inputs={'x': x}, or calibration batches."
         )
     accepts = inspect.signature(model.forward).parameters
     if main == "pixel_values":
         size, channels = getattr(config, "image_size", 224), getattr(config, "num_channels", 3)
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.linspace(-1, 1, 2 * channels * height * width).reshape(2, channels, height, width)}
+        return {
+            "pixel_values": torch.linspace(-1, 1, 2 * channels * height * width).reshape(2, channels, height, width)
+        }
     if "input_ids" not in own:
         return dict(own)
     vocab = getattr(config.get_text_config(), "vocab_size", 32)
@@ -93,7 +98,8 @@ def check_finite(model: nn.Module) -> None:
         if tensor.is_floating_point() and isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
-                f"weight {name!r} holds {bad} NaN or infinite of {tensor.numel()} values; repair or reload the model first."
+                f"weight {name!r} holds {bad} NaN or infinite of {tensor.numel()} values; "
+                "repair or reload the model first."
             )
 
 
@@ -111,7 +117,7 @@ def export(gm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torc
 
 
 def unlift(program: torch.export.ExportedProgram) -> SignedModule:
-    """ExportedProgram -> GraphModule whose weights are attributes again. Its `meta["signature"]` is the caller's to set."""
+    """ExportedProgram -> GraphModule whose weights are attributes again; its `meta["signature"]` is the caller's to set."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = program.module(check_guards=False)
@@ -129,7 +135,9 @@ def unlift(program: torch.export.ExportedProgram) -> SignedModule:
 def _as_exported(model: nn.Module) -> Iterator[None]:
     """Eval mode and no key-value cache (it is neither a tensor nor an answer) while tracing; restored afterwards."""
     training = [m for m in model.modules() if m.training]
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True}
+    configs = {
+        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True
+    }
     try:
         for module in training:
             module.training = False
@@ -176,6 +184,18 @@ def _double_single_batch(
     except Exception:  # the first dimension is no batch
         return args, kwargs
     return doubled
+
+
+def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell pytree about a dataclass the model returns; torch.export refuses classes it cannot take apart."""
+    try:
+        with torch.no_grad():
+            output = model(*args, **kwargs)
+    except Exception:  # the export below fails the same way, and says where
+        return
+    kind = type(output)
+    if dataclasses.is_dataclass(output) and kind not in pytree.SUPPORTED_NODES:
+        torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _refuse_data_dependent_outputs(model: nn.Module, gm: fx.GraphModule) -> None:

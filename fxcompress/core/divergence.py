@@ -1,11 +1,13 @@
 """How far a model's output is from the original's: one number that adds up over sites and batches.
 
-    outputs called logits    KL(p || q), nats a prediction,  p = softmax of the original   (they are the model's answer; others are left out)
+    outputs called logits    KL(p || q), nats a prediction, p = softmax of the original: they are the model's answer,
+                             and others are left out
     any other                ||y - y'||^2 / ||y||^2, the mean over all floating outputs
 
-Both are of second order in the change of the weights, so small errors of sites add (notes: measured additive within 1-5 %). The sum is
-called `loss`; what people read is `error`: nats of KL, or the root of the relative squares, ||y - y'|| / ||y||. Positions an
-attention_mask excludes are left out wherever an output (or input) begins with its two dimensions.
+Both are of second order in the change of the weights, so small errors of sites add (notes: measured additive within
+1-5 %). The sum is called `loss`; what people read is `error`: nats of KL, or the root of the relative squares,
+||y - y'|| / ||y||. Positions an attention_mask excludes are left out wherever an output (or input) begins with its two
+dimensions.
 """
 
 from __future__ import annotations
@@ -38,14 +40,20 @@ class Divergence:
                 log_p, log_q = (t.double().log_softmax(-1) for t in (y, output[name]))
                 top, bottom = float((log_p.exp() * (log_p - log_q)).sum()), float(y.numel() // y.shape[-1])
             else:
-                top, bottom = float((y.double() - output[name].double()).square().sum()), float(y.double().square().sum())
+                top, bottom = (
+                    float((y.double() - output[name].double()).square().sum()),
+                    float(y.double().square().sum()),
+                )
             self.numerators[name] = self.numerators.get(name, 0.0) + top
             self.denominators[name] = self.denominators.get(name, 0.0) + bottom
 
     @property
     def loss(self) -> float:
         """Squared relative error, or nats."""
-        ratios = [top / self.denominators[name] if self.denominators[name] else float(top > 0) for name, top in self.numerators.items()]
+        ratios = [
+            top / self.denominators[name] if self.denominators[name] else float(top > 0)
+            for name, top in self.numerators.items()
+        ]
         return max(0.0, sum(ratios) / len(ratios)) if ratios else 0.0
 
     @property

@@ -1,13 +1,17 @@
 """The error of one site, in the metric of what flows through it.
 
-    linear       e = tr(D G D^T) / tr(W H W^T)      D = W - W',  H = E[x x^T],  G = H, or H - mu mu^T where a bias absorbs D mu
-    embedding    e = sum_r p_r D_r M D_r^T / sum_r p_r W_r M W_r^T      p the probability of row r, M how the output reacts to the row
+    linear       e = tr(D G D^T) / tr(W H W^T)      D = W - W',  H = E[x x^T]
+                 G = H, or H - mu mu^T where a bias absorbs D mu
+    embedding    e = sum_r p_r D_r M D_r^T / sum_r p_r W_r M W_r^T
+                 p_r the probability of row r, M how the output reacts to the row
     tied         the mean of both
     no data      G = H = M = I, p = 1
 
-e is squared and relative: its root is ||y - y'|| / ||y||, exact, because E||D x + b - b'||^2 = tr(D (H - mu mu^T) D^T) once
-b' = b + D mu. Rewrites minimise it over the calibration inputs (`rounding_metric`). Where inputs were held out it is judged by theirs
-(`local_error`), with their moment H_c and mean mu_c:  G = H_c - mu_c mu^T - mu mu_c^T + mu mu^T, H = H_c.
+e is squared and relative: its root is ||y - y'|| / ||y||, exact, because E||D x + b - b'||^2 = tr(D (H - mu mu^T) D^T)
+once b' = b + D mu. Rewrites minimise it over the calibration inputs (`rounding_metric`). Where inputs were held out it
+is judged by theirs (`local_error`), with their moment H_c and mean mu_c:
+
+    G = H_c - mu_c mu^T - mu mu_c^T + mu mu^T      H = H_c
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """What a rewrite of a matrix (rows, columns) should minimise: sum_r rows_r D_r columns D_r^T. None is the identity."""
+    """What a rewrite of a matrix (rows, columns) should minimise: sum_r rows_r D_r columns D_r^T. None: the identity."""
 
     columns: Tensor | None = None  # (columns, columns) float64
     rows: Tensor | None = None  # (rows,) float64

@@ -1,10 +1,10 @@
 """A plan is data: which rewrite at which site, every candidate that was weighed, and why the others lost.
 
-    predicted loss  = sum over sites of the chosen candidates' losses        (fxcompress.core.divergence says what loss means)
-    predicted bytes = sum of the chosen candidates' bytes + fixed bytes      (everything no rewrite touches, and the files around it)
+    predicted loss  = sum of the chosen candidates' losses                  (fxcompress.core.divergence says of what)
+    predicted bytes = sum of the chosen candidates' bytes + fixed bytes     (what no rewrite touches, and the files)
 
-It prints as a table, saves as JSON (the same bytes on every run with the same inputs), slices (`plan[:n]` applies the first n choices
-only: halving n finds the choice that broke a model), and replays through `compile(model, plan=plan)`.
+It prints as a table, saves as JSON (the same bytes on every run with the same inputs), slices (`plan[:n]` applies the
+first n choices only: halving n finds the choice that broke a model), and replays through `compile(model, plan=plan)`.
 """
 
 from __future__ import annotations
@@ -94,12 +94,17 @@ class Plan:
         info = next((s for s in self.sites if s.name == site), None)
         if info is None:
             near = ", ".join(s.name for s in self.sites[:8])
-            raise PlanError(f"no site is called {site!r}; there are {len(self.sites)}: {near}{', …' if len(self.sites) > 8 else ''}.")
+            raise PlanError(
+                f"no site is called {site!r}; there are {len(self.sites)}: "
+                f"{near}{', …' if len(self.sites) > 8 else ''}."
+            )
         mine = sorted((c for c in self.candidates if c.site == site), key=lambda c: (c.loss, c.bytes))
         chosen = self.spec_of(site)
         pick = next(c for c in mine if c.spec == chosen)
         rows = [(c.spec, format_bytes(c.bytes), f"{c.error:.4f}", f"{c.loss:.3g}", _why(c, pick, mine)) for c in mine]
-        table = tabulate(rows, headers=["rewrite", "bytes", "site error", "model loss", "verdict"], disable_numparse=True)
+        table = tabulate(
+            rows, headers=["rewrite", "bytes", "site error", "model loss", "verdict"], disable_numparse=True
+        )
         refused = [f"refused: {name}: {why}" for at, name, why in self.refusals if at == site]
         return "\n".join([f"{site}: {info.kind}, {info.rows} x {info.columns}", "", table, *refused])
 
@@ -121,7 +126,8 @@ class Plan:
         ]
         rows.append(("everything else", "", "", format_bytes(self.fixed_bytes), "", "", ""))
         unit = "nats of KL" if self.kind == "kl" else "relative output error"
-        head = f"plan: {self.budget}" + ("" if self.calibrated else "   (not calibrated: errors are of the weights alone)")
+        uncalibrated = "" if self.calibrated else "   (not calibrated: errors are of the weights alone)"
+        head = f"plan: {self.budget}{uncalibrated}"
         heads = ["site", "shape", "rewrite", "bytes", "share", "site error", "of model loss"]
         tail = (
             f"total {format_bytes(self.original_bytes)} -> {format_bytes(self.predicted_bytes)} "
@@ -217,5 +223,5 @@ def _refusal_lines(refusals: tuple[tuple[str, str, str], ...]) -> list[str]:
 
 
 def _rounded(value: Any) -> Any:
-    """Ten significant digits: the file must not tell two runs apart by the last bit of a sum."""
-    return float(f"{value:.9e}") if isinstance(value, float) else value
+    """Seven significant digits: the file must not tell two runs apart by the last bits of a sum."""
+    return float(f"{value:.6e}") if isinstance(value, float) else value

@@ -1,8 +1,8 @@
 """What a rewrite says about itself: a frozen dataclass whose fields are its parameters and whose text parses back.
 
-Two kinds compose. A `Structure` says how W is expressed (dense, low rank); a `Storage` says how each matrix of that expression is
-kept (as it is, quantized). A structure hands every matrix it makes to `store`, which answers with the matrix as it will be read
-back, so that what is made next can make up for what storing lost.
+Two kinds compose. A `Structure` says how W is expressed (dense, low rank); a `Storage` says how each matrix of that
+expression is kept (as it is, quantized). A structure hands every matrix it makes to `store`, which answers with the
+matrix as it will be read back, so that what is made next can make up for what storing lost.
 
 The driver (fxcompress.core.surgery) does all graph edits; a rewrite only inserts its call.
 """
@@ -103,11 +103,11 @@ class Structure(Rewrite):
 
     @abstractmethod
     def error_bound(self, site: Site) -> float:
-        """The squared relative error over the calibration inputs before anything is stored: the least any storage can reach."""
+        """The squared relative error over the calibration inputs before anything is stored; no storage can reach less."""
 
     @abstractmethod
     def unstored(self, site: Site) -> Tensor:
-        """The dense weight (rows, columns) this structure amounts to before anything is stored; cheap next to `factor`."""
+        """The dense weight (rows, columns) this amounts to before anything is stored; cheap next to `factor`."""
 
     @abstractmethod
     def factor(self, site: Site, store: Store) -> Tensor:
@@ -126,7 +126,9 @@ def parse_spec(text: str, known: Mapping[str, type[Rewrite]]) -> Rewrite:
     """`"low_rank{rank=80}"` -> LowRank(rank=80). Raises `SpecError` that says what is allowed."""
     match = _SPEC.fullmatch(text)
     if match is None:
-        raise SpecError(f"{text!r} is no rewrite; write name{{parameter=value}}, such as 'quantize{{bits=4, group_size=64}}'.")
+        raise SpecError(
+            f"{text!r} is no rewrite; write name{{parameter=value}}, such as 'quantize{{bits=4, group_size=64}}'."
+        )
     if match[1] not in known:
         raise SpecError(f"unknown rewrite {match[1]!r}; known are {', '.join(known)}.")
     kind = known[match[1]]
@@ -135,7 +137,9 @@ def parse_spec(text: str, known: Mapping[str, type[Rewrite]]) -> Rewrite:
     for part in filter(None, (p.strip() for p in (match[2] or "").split(","))):
         key, _, value = part.partition("=")
         if key.strip() not in wanted:
-            raise SpecError(f"{text!r}: {kind.name} has no parameter {key.strip()!r}; it takes {', '.join(wanted) or 'none'}.")
+            raise SpecError(
+                f"{text!r}: {kind.name} has no parameter {key.strip()!r}; it takes {', '.join(wanted) or 'none'}."
+            )
         try:
             params[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):

@@ -1,7 +1,7 @@
 """A graph as text, one node a line with its type.
 
     input  x: f32[s0, 64]
-    linear: f32[s0, 256] = aten.linear(x, self.up.weight, self.up.bias)   # quantize{bits=4, group_size=64}, was aten.linear at up
+    linear: f32[s0, 256] = aten.linear(x, self.up.weight, self.up.bias)   # low_rank{rank=8}, was aten.linear at up
     return linear
 """
 
@@ -34,7 +34,8 @@ def _call(node: fx.Node) -> str:
     op = str(node.target) if not callable(node.target) or hasattr(node.target, "_schema") else node.target.__name__
     arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
     note = node.meta.get("fxcompress")
-    return f"{node.name}: {_type(node)} = {op.removesuffix('.default')}({', '.join(arguments)})" + (f"   # {note}" if note else "")
+    comment = f"   # {note}" if note else ""
+    return f"{node.name}: {_type(node)} = {op.removesuffix('.default')}({', '.join(arguments)}){comment}"
 
 
 def _type(node: fx.Node) -> str:

@@ -1,8 +1,9 @@
 """How a captured graph may be called: by position or by name, in any order, at any size inside the captured ranges.
 
-A graph takes exactly the inputs it was captured with. `Signature.bind` turns whatever a caller of the original would write into that
-form: positions are named after the original's `forward`, inputs given as None are dropped, an `attention_mask` left out is all ones
-and `token_type_ids` left out are zeros (what every Hugging Face model does), anything else is an `InputError` that says what is wanted.
+A graph takes exactly the inputs it was captured with. `Signature.bind` turns whatever a caller of the original would
+write into that form: positions are named after the original's `forward`, inputs given as None are dropped, an
+`attention_mask` left out is all ones and `token_type_ids` left out are zeros (what every Hugging Face model does),
+anything else is an `InputError` that says what is wanted.
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ class Signature:
             return Slot(entry["name"], entry["dtype"], dims, tuple(entry["sizes"]), entry["constant"])
 
         return cls(
-            tuple(data["order"]), tuple(data["positional"]), tuple(data["keyword"]), tuple(slot(s) for s in data["slots"])
+            tuple(data["order"]),
+            tuple(data["positional"]),
+            tuple(data["keyword"]),
+            tuple(slot(s) for s in data["slots"]),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -106,10 +110,11 @@ class Signature:
                 given[name] = fill(given["input_ids"])
         missing, extra = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
         if missing or extra:
-            said = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has no place for", extra)) if names]
+            complaints = (("lacks", missing), ("has no place for", extra))
+            said = [f"{what} {', '.join(names)}" for what, names in complaints if names]
             raise InputError(
-                f"the call {' and '.join(said)}: the graph was captured with {self}. Capture again with example_inputs that "
-                "hold what you want to pass."
+                f"the call {' and '.join(said)}: the graph was captured with {self}. "
+                "Capture again with example_inputs that hold what you want to pass."
             )
         return tuple(given[n] for n in self.positional), {n: given[n] for n in self.keyword}
 
@@ -117,11 +122,22 @@ class Signature:
         """Dtypes, ranks and sizes of a bound call; raises `InputError`."""
         leaves = pytree.tree_leaves((args, kwargs))
         if len(leaves) != len(self.slots):
-            raise InputError(f"the inputs hold {len(leaves)} values; the graph was captured with {len(self.slots)}: {self}.")
+            raise InputError(
+                f"the inputs hold {len(leaves)} values; the graph was captured with {len(self.slots)}: {self}."
+            )
+        seen: dict[str, tuple[str, int]] = {}  # size symbol -> the first input that has it, and its size there
         for slot, leaf in zip(self.slots, leaves):
             wrong = slot.check(leaf)
             if wrong:
                 raise InputError(f"{wrong}.")
+            for axis, dim in enumerate(slot.dims):
+                if isinstance(dim, tuple):
+                    name, size = seen.setdefault(dim[0], (slot.name, leaf.shape[axis]))
+                    if size != leaf.shape[axis]:
+                        raise InputError(
+                            f"input {slot.name!r} has size {leaf.shape[axis]} in dimension {axis} where {name!r} has "
+                            f"{size}; they must agree."
+                        )
 
     def symbols(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
         """The value each size symbol takes in a bound call."""
@@ -183,9 +199,12 @@ def _dim(size: int | torch.SymInt, ranges: Mapping[sympy.Symbol, Any]) -> int | 
     if isinstance(size, int):
         return size
     expr = size.node.expr
+    if expr.is_Integer:  # left open to the tracer, and found to be fixed by the model
+        return int(expr)
     found = ranges.get(expr)
     if found is None:  # an expression of other symbols: whatever fits them
         return (str(expr), 0, None)
     high = int(found.upper) if found.upper.is_Integer else None
-    # torch.export excludes 0 and 1 only to keep its own reasoning simple; the graph serves a batch of 1 (tests/test_capture.py).
+    # torch.export excludes 0 and 1 only to keep its own reasoning simple; the graph serves a batch of 1
+    # (tests/test_capture.py).
     return (str(expr), 1 if found.lower <= 2 else int(found.lower), high)

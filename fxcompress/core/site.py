@@ -1,6 +1,6 @@
 """A site: one weight matrix, every node that reads it, and what calibration knows about its inputs.
 
-    linear     y = x W^T + b     aten.linear, addmm, mm, matmul with a constant weight (Conv1D's (in, out) weight is read transposed)
+    linear     y = x W^T + b     aten.linear, addmm, mm, matmul with a constant weight (Conv1D's, (in, out), is read transposed)
     embedding  y = W[ids]        aten.embedding
 
 A weight read by several nodes (tied embeddings, shared layers) is one site: one decision, one set of stored tensors.
@@ -25,7 +25,7 @@ _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.nu
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One node that reads the weight. x and bias are read off the node each time: surgery elsewhere may have replaced them."""
+    """One node that reads the weight. x and bias are read off the node each time: surgery may have replaced them."""
 
     kind: Literal["linear", "embedding"]
     node: fx.Node
@@ -50,9 +50,9 @@ class Statistics:
 
     second_moment: E[x x^T] (in, in) float64 over the inputs of its linear uses
     mean: E[x] (in,) float64
-    check: the same two over held-out inputs, (E[x x^T], E[x]); errors are judged by them, because whatever was fitted to H flatters H
+    check: the same two over held-out inputs, (E[x x^T], E[x]); errors are judged by them, as what was fitted to H flatters H
     row_weight: probability of each row (rows,) float64 over the ids of its embedding uses
-    column_metric: (columns, columns) float64, how the model's output reacts to the looked-up row: E[g g^T] of its gradients
+    column_metric: (columns, columns) float64, how the model's output reacts to a looked-up row: E[g g^T] of its gradients
     """
 
     second_moment: Tensor | None = None
@@ -101,8 +101,9 @@ class Site:
 
     @property
     def correctable(self) -> bool:
-        """True where a bias can absorb the mean of the rewrite's error: the one use is a linear with a bias of its own."""
-        return len(self.uses) == 1 and self.kind == "linear" and (b := self.uses[0].bias) is not None and len(b.users) == 1
+        """True where a bias can absorb the mean of the error: the one use is a linear with a bias of its own."""
+        bias = self.uses[0].bias
+        return len(self.uses) == 1 and self.kind == "linear" and bias is not None and len(bias.users) == 1
 
     def analysis(self, compute: Callable[[Site], T]) -> T:
         """`compute(self)`, once per site: all ranks read one SVD, all bit widths one Cholesky factor."""

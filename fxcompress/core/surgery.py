@@ -20,7 +20,7 @@ Emit = Callable[[fx.Graph, Use, Mapping[str, fx.Node]], fx.Node]
 
 
 def replace(gm: fx.GraphModule, site: Site, tensors: Mapping[str, Tensor], emit: Emit, note: str) -> None:
-    """Put `tensors` in place of the site's weight and `emit`'s call in place of each of its uses. `finish` must follow."""
+    """Put `tensors` in place of the site's weight, `emit`'s call in place of each of its uses. `finish` must follow."""
     owner_path, prefix = place(site)
     owner = gm.get_submodule(owner_path)
     for key, tensor in tensors.items():
@@ -35,7 +35,7 @@ def replace(gm: fx.GraphModule, site: Site, tensors: Mapping[str, Tensor], emit:
 
 
 def place(site: Site) -> tuple[str, str]:
-    """-> (module that gets the new tensors, prefix of their names): "up.weight" -> ("up", ""), "block.W_E" -> ("block", "W_E_")."""
+    """-> (module for the new tensors, prefix of their names): "up.weight" -> ("up", ""), "a.W_E" -> ("a", "W_E_")."""
     path = site.name if site.name in site.paths else f"{site.name}.weight"
     owner, _, leaf = path.rpartition(".")
     return (owner, "") if leaf == "weight" else (owner, f"{leaf}_")
@@ -45,7 +45,8 @@ def finish(gm: fx.GraphModule) -> None:
     """Drop what nothing reads any more, then check and recompile."""
     gm.graph.eliminate_dead_code()
     read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
-    for path in [name for name, _ in gm.named_parameters(remove_duplicate=False)] + [name for name, _ in gm.named_buffers()]:
+    parameters = [name for name, _ in gm.named_parameters(remove_duplicate=False)]
+    for path in parameters + [name for name, _ in gm.named_buffers()]:
         if path not in read:
             owner, _, leaf = path.rpartition(".")
             delattr(gm.get_submodule(owner), leaf)

@@ -21,6 +21,8 @@ def compare(original: SignedModule, compressed: SignedModule, calls: Sequence[Ca
             reference = named_outputs(original(*args, **kwargs), mask)
             bad = [name for name, y in reference.items() if not bool(torch.isfinite(y).all())]
             if bad:
-                raise CalibrationError(f"the original model's {bad[0]} is NaN or infinite on held-out batch {index}; remove that batch.")
+                raise CalibrationError(
+                    f"the original model's {bad[0]} is NaN or infinite on held-out batch {index}; remove that batch."
+                )
             divergence.add(reference, named_outputs(compressed(*args, **kwargs), mask))
     return divergence

@@ -1,0 +1,123 @@
+"""The command line: compress, plan, inspect. Results on stdout, progress and complaints on stderr, non-zero on any failure.
+
+    fxcompress compress ./my-bert --budget 4x --calibration texts.txt --out ./my-bert-4x
+    fxcompress plan ./my-bert --budget 4x --calibration texts.txt
+    fxcompress inspect ./my-bert-4x
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fxcompress import __version__
+from fxcompress.api import compile, plan_only
+from fxcompress.checkpoint import load, refuse_existing, save
+from fxcompress.core.budget import Budget
+from fxcompress.core.errors import FxcompressError
+from fxcompress.core.plan import Plan
+from fxcompress.hf import batches_of, load_model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        options.run(options)
+    except (FxcompressError, OSError) as error:
+        print(f"fxcompress: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fxcompress: stopped; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _compress(options: argparse.Namespace) -> None:
+    Budget.parse(options.budget)  # before minutes are spent
+    refuse_existing(Path(options.out))
+    model = load_model(options.model)
+    plan = Plan.load(options.plan) if options.plan else None
+    compiled = compile(
+        model,
+        options.budget if plan is None else None,
+        calibration=_calibration(options, model),
+        rewrites=options.rewrites,
+        plan=plan,
+        progress=not options.quiet,
+    )
+    save(compiled, options.out)
+    report = compiled.meta["report"]
+    _print(options, {"out": str(options.out), "report": report.to_json()}, f"{report}\n\nwritten to {options.out}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    Budget.parse(options.budget)
+    model = load_model(options.model)
+    calibration = _calibration(options, model)
+    plan = plan_only(model, options.budget, calibration=calibration, rewrites=options.rewrites, progress=not options.quiet)
+    if options.save:
+        plan.save(options.save)
+    _print(options, plan.to_json(), plan.explain(options.explain) if options.explain else str(plan))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    compiled = load(options.folder)
+    plan, report = compiled.meta["plan"], compiled.meta["report"]
+    if options.explain:
+        _print(options, [c for c in plan.to_json()["candidates"] if c[0] == options.explain], plan.explain(options.explain))
+        return
+    _print(options, {"plan": plan.to_json(), "report": report.to_json()}, f"{plan}\n\n{report}")
+
+
+def _calibration(options: argparse.Namespace, model: Any) -> Any:
+    if options.calibration is None:
+        print("fxcompress: no --calibration: weights are rounded in their own metric, and errors are guesses.", file=sys.stderr)
+        return None
+    return batches_of(options.model, model, Path(options.calibration), options.examples, options.batch_size)
+
+
+def _print(options: argparse.Namespace, data: Any, text: str) -> None:
+    print(json.dumps(data) if options.json else text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fxcompress", description="Make a trained network smaller; keep its answers.")
+    parser.add_argument("--version", action="version", version=f"fxcompress {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+        sub.add_argument("--verbose", action="store_true", help="log what is being done, on stderr")
+        return sub
+
+    compress = command("compress", _compress, "compress a Hugging Face model folder")
+    plan = command("plan", _plan, "choose the rewrites for a budget and print them; write no model")
+    inspect = command("inspect", _inspect, "print the plan and the report of a compressed folder")
+    for sub in (compress, plan):
+        sub.add_argument("model", metavar="MODEL_DIR", help="folder written by save_pretrained, with its tokenizer")
+        sub.add_argument("--budget", default="4x", help='size: "4x", "25%%", "12 MB" (default 4x)')
+        sub.add_argument("--calibration", metavar="TEXTS", help="text file, one example a line")
+        sub.add_argument("--examples", type=int, default=128, help="lines of it to use (default 128)")
+        sub.add_argument("--batch-size", type=int, default=16, help="examples a batch (default 16)")
+        sub.add_argument("--rewrites", nargs="+", metavar="NAME", help="choose from these only, e.g. quantize low_rank")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    compress.add_argument("--out", required=True, help="folder to create")
+    compress.add_argument("--plan", help="replay a plan saved by `fxcompress plan --save`")
+    plan.add_argument("--save", help="also write the plan as JSON")
+    plan.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
+    inspect.add_argument("folder", metavar="DIR", help="folder written by `fxcompress compress` or fxcompress.save")
+    inspect.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Hugging Face folders: the model its config names, and texts turned into calibration batches. Needs the extra `fxcompress[hf]`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcompress.core.errors import CalibrationError, CaptureError
+
+
+def load_model(folder: str | os.PathLike[str]) -> nn.Module:
+    """The model in eval mode, from local files only. Raises `CaptureError` where the folder is none of transformers'."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise CaptureError(f"{path} holds no config.json: give a folder written by transformers' save_pretrained.")
+    transformers = _transformers()
+    try:
+        names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+        kind = getattr(transformers, names[0], None) if names else None
+        model = (kind or transformers.AutoModel).from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CaptureError(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from error
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def batches_of(folder: str | os.PathLike[str], model: nn.Module, texts: Path, limit: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """The first `limit` lines of `texts` through the folder's tokenizer, padded within a batch, cut at 128 tokens."""
+    if not texts.is_file():
+        raise CalibrationError(f"calibration file {texts} does not exist; give a text file with one example a line.")
+    lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+    if not lines:
+        raise CalibrationError(f"calibration file {texts} holds no text; give one example a line.")
+    try:
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{folder} holds no tokenizer for the calibration texts: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    takes = _inputs_of(model)
+    return [
+        {k: v for k, v in tokenizer(chunk, padding=True, truncation=True, max_length=128, return_tensors="pt").items() if k in takes}
+        for chunk in _chunks(lines, batch_size)
+    ]
+
+
+def _inputs_of(model: nn.Module) -> set[str]:
+    """What captured graphs of this model take; token_type_ids only where the config has segments."""
+    config: Any = model.config
+    return {"input_ids", "attention_mask"} | ({"token_type_ids"} if getattr(config, "type_vocab_size", 0) else set())
+
+
+def _chunks(lines: Sequence[str], size: int) -> list[list[str]]:
+    return [list(lines[i : i + size]) for i in range(0, len(lines), size)]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise CaptureError("reading model folders needs transformers: pip install 'fxcompress[hf]'.") from error
+    return transformers
