@@ -24,7 +24,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     columns = codes.shape[-1]
-    padded = torch.nn.functional.pad(codes, (0, -columns % 8)).unflatten(-1, (-1, 8)).to(torch.int64)  # (..., words, 8)
+    padded = torch.unflatten(torch.nn.functional.pad(codes, (0, -columns % 8)), -1, (-1, 8)).long()  # (..., words, 8)
     word = (padded << _shifts(bits, 8, codes.device)).sum(-1, keepdim=True)
     return ((word >> _shifts(8, bits, codes.device)) & 255).to(torch.uint8).flatten(-2)
 
@@ -37,9 +37,8 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     if bits in (2, 4):  # a byte holds whole codes
         codes = (packed.unsqueeze(-1) >> _shifts(bits, 8 // bits, packed.device).to(torch.uint8)) & mask
     else:
-        word = (packed.unflatten(-1, (-1, bits)).to(torch.int32) << _shifts(8, bits, packed.device).int()).sum(
-            -1, dtype=torch.int32
-        )
+        parts = torch.unflatten(packed, -1, (-1, bits)).to(torch.int32)  # (..., words, bits)
+        word = (parts << _shifts(8, bits, packed.device).int()).sum(-1, dtype=torch.int32)
         codes = ((word.unsqueeze(-1) >> _shifts(bits, 8, packed.device).int()) & mask).to(torch.uint8)
     return codes.flatten(-2)[..., :columns]
 

@@ -82,7 +82,7 @@ def select(sites: Sequence[Sequence[Item]], limits: Limits) -> Selection:
     solved = milp(
         columns[goal] / scale,
         constraints=constraints,
-        integrality=np.ones(len(flat)),
+        integrality=np.ones(len(flat), dtype=np.int64),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": GAP},
     )
@@ -95,7 +95,7 @@ def select(sites: Sequence[Sequence[Item]], limits: Limits) -> Selection:
     return Selection(tuple(picked), float(solved.mip_gap or 0.0))
 
 
-def _scale(values: np.ndarray) -> float:  # type: ignore[type-arg]
+def _scale(values: np.ndarray) -> float:
     """Puts the typical cost near 1, so that the solver's absolute tolerances do not blur it."""
     positive = values[values > 0]
     return max(float(np.median(positive)), 1e-9 * float(positive.max())) if len(positive) else 1.0

@@ -65,7 +65,9 @@ class Prober:
     def _finish(self, env: dict[fx.Node, Any], start: int, call: Call) -> dict[str, Tensor]:
         output = self._run(env, start, len(self.nodes))
         leaves = output if isinstance(output, list | tuple) else [output]
-        return named_outputs(pytree.tree_unflatten(list(leaves), self.gm._out_spec), mask_of(call[1]))
+        spec = self.gm._out_spec
+        assert spec is not None
+        return named_outputs(pytree.tree_unflatten(list(leaves), spec), mask_of(call[1]))
 
     def _run(self, env: dict[fx.Node, Any], start: int, stop: int) -> Any:
         value = None
@@ -90,7 +92,7 @@ def kappa(loss: float, local_error: float) -> float:
 
 
 def price(kappas: Mapping[str, float], structure: str, structure_error: float, total_error: float) -> float:
-    """Predicted loss of a candidate: its structure's error by that family's kappa, what storing adds by quantization's."""
+    """Predicted loss of a candidate: structure's error by that family's kappa, what storing adds by quantization's."""
     added = max(0.0, total_error - structure_error)
     storage_kappa = kappas.get("quantize", kappas.get(structure, 0.0))
     return kappas.get(structure, storage_kappa) * structure_error + storage_kappa * added

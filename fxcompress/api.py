@@ -38,6 +38,7 @@ from fxcompress.report import Report, SiteReport
 log = logging.getLogger("fxcompress")
 
 SIZE_ROUNDS = 4  # measured sizes settle after one or two
+WASTE = 0.004  # of the size: more room than this left by the files around the tensors is used in a second round
 
 
 def compile(
@@ -100,7 +101,7 @@ def price(
     """Every candidate of every site, and the best choice of them under `budget`."""
     sites = _sites(original, known)
     as_it_is = budget.size_bytes(100) == 100 and budget.error is None and budget.flops is None
-    candidates, refusals = propose(original, sites, () if as_it_is else rewrites, known, budget.min_gain, progress)
+    candidates, refusals = propose(original, sites, () if as_it_is else rewrites, known, budget, progress)
     total = stored_bytes(original)
     table = Plan(
         sites=tuple(SiteInfo(s.name, s.kind, s.rows, s.columns) for s in sites),
@@ -131,9 +132,9 @@ def resolve(rewrites: Sequence[str | type[Rewrite]] | None) -> tuple[type[Rewrit
 
 
 def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None) -> SignedModule:
-    """Rewrite; where the measured size or error breaks the promise, choose with the measured figure and rewrite again."""
+    """Rewrite; where the measured size or error breaks the promise, choose anew with what was measured, and rewrite."""
     room, target = budget, None if budget is None or budget.error is None else budget.error
-    for _ in range(SIZE_ROUNDS):
+    for turn in range(SIZE_ROUNDS):
         compiled, reports = _rewrite(original, known, plan)
         divergence = compare(original, compiled, known.held_out)
         measured = divergence.error
@@ -146,18 +147,19 @@ def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: B
         size = budget.size_bytes(plan.original_bytes)
         too_big = size is not None and total > size and size < plan.original_bytes
         too_wrong = target is not None and measured > target
-        if not too_big and not too_wrong:
+        wasteful = size is not None and turn == 0 and plan.predicted_bytes - total > WASTE * plan.predicted_bytes
+        if not too_big and not too_wrong and not wasteful:
             return compiled
         if too_wrong:
             assert room.error is not None
             assert target is not None
             room = replace(room, error=room.error * 0.98 * target / measured)
         log.info("round: %d bytes and error %.4g against %s; choosing again", total, measured, budget)
-        fixed = plan.fixed_bytes + (total - plan.predicted_bytes if too_big else 0)
+        fixed = plan.fixed_bytes + (total - plan.predicted_bytes if too_big or wasteful else 0)
         plan = replace(choose(replace(plan, fixed_bytes=fixed), room), budget=budget)
     raise InfeasibleBudgetError(
-        f"budget {budget} was not met in {SIZE_ROUNDS} rounds: the best found has {total} bytes and error {measured:.4g} "
-        "on held-out batches. Ask for less, or give more calibration data."
+        f"budget {budget} was not met in {SIZE_ROUNDS} rounds: the best found has {total} bytes and error "
+        f"{measured:.4g} on held-out batches. Ask for less, or give more calibration data."
     )
 
 

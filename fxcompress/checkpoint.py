@@ -30,6 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch._export.serde import serialize as serde
+from torch._export.serde.schema import ExportedProgram as Program
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
@@ -45,13 +46,16 @@ log = logging.getLogger("fxcompress.checkpoint")
 FORMAT = 1
 MANIFEST, TENSORS, GRAPH, PLAN = "fxcompress.json", "model.safetensors", "graph.json.xz", "plan.json.xz"
 # A little over what BERT and Llama need.
-BYTES_A_NODE = 62  # in graph.json.gz
-BYTES_A_SITE = 880  # in header, report and graph
+BYTES_A_NODE = 25  # in graph.json.xz
+BYTES_A_SITE = 500  # in the header of model.safetensors and in the report
 MAX_GRAPH_BYTES = 1 << 30  # unpacked; a larger one is no graph of ours
 
 
 def save(compiled: SignedModule, folder: str | os.PathLike[str]) -> None:
-    """Write `compiled` (what `compile` or `load` returned) as a new folder; nothing is overwritten. Raises `CheckpointError`."""
+    """Write `compiled` (what `compile` or `load` returned) as a new folder.
+
+    Nothing is overwritten. Raises `CheckpointError`.
+    """
     target = Path(folder)
     refuse_existing(target)
     if not isinstance(compiled, SignedModule) or "plan" not in compiled.meta:
@@ -116,7 +120,7 @@ def overhead(compiled: SignedModule) -> int:
 
 
 def predicted_overhead(original: SignedModule, plan: Plan) -> int:
-    """The same before anything is rewritten, from the numbers of nodes and sites; if it is short, `compile` chooses again."""
+    """The same before anything is rewritten, by nodes and sites; where it falls short, `compile` chooses again."""
     return (
         len(_pack(plan.to_text().encode()))
         + BYTES_A_NODE * len(original.graph.nodes)
@@ -181,7 +185,7 @@ def _hollow(tensor: Tensor) -> Tensor:
 
 
 def _graph(text: bytes, tensors: Mapping[str, Tensor]) -> SignedModule:
-    schema = serde._dict_to_dataclass(serde.ExportedProgram, _known_types(json.loads(text)))
+    schema = serde._dict_to_dataclass(Program, _known_types(json.loads(text)))  # type: ignore[no-untyped-call]
     kinds = {InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR}
     specs = schema.graph_module.signature.input_specs
     parameters = {spec.value.parameter_name for spec in specs if spec.type == "parameter"}
@@ -195,7 +199,7 @@ def _graph(text: bytes, tensors: Mapping[str, Tensor]) -> SignedModule:
 
 
 def _known_types(program: Any) -> Any:
-    """Output classes of a library that is not here become dictionaries with the same keys: the answers matter, not the class.
+    """Output classes of a library that is not here become dictionaries with the same keys: answers matter more.
 
     transformers is imported where a class of its own is asked for; nothing else a checkpoint names ever is.
     """

@@ -78,7 +78,7 @@ def _input_metric(site: Site) -> Metric:
 
 def damped(metric: Tensor, share: float) -> Tensor:
     """metric + share mean(diag) I; positive definite even where every input was zero."""
-    level = share * metric.diagonal().mean() + torch.finfo(metric.dtype).tiny**0.5
+    level: Tensor = share * metric.diagonal().mean() + torch.finfo(metric.dtype).tiny**0.5
     return metric + level * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import sympy
 from tqdm import tqdm
 
+from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration
 from fxcompress.core.metric import local_error
 from fxcompress.core.plan import Candidate
@@ -45,7 +47,7 @@ def propose(
     sites: Sequence[Site],
     rewrites: Sequence[type[Rewrite]],
     calibration: Calibration,
-    min_gain: float,
+    budget: Budget,
     progress: bool = True,
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
     """-> (candidates, refusals), sites in order, `keep` first at each."""
@@ -54,7 +56,7 @@ def propose(
     candidates: list[Candidate] = []
     refusals: list[tuple[str, str, str]] = []
     for site in tqdm(sites, "propose", unit="site", disable=not progress, leave=False):
-        trials, refused = trials_of(site, rewrites, min_gain)
+        trials, refused = trials_of(site, rewrites, budget)
         kappas = _probe(prober, site, trials)
         candidates.append(_candidate(site, Recipe(), 0.0, 0.0, sizes))
         for trial in trials:
@@ -66,12 +68,12 @@ def propose(
 
 
 def trials_of(
-    site: Site, rewrites: Sequence[type[Rewrite]], min_gain: float
+    site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget
 ) -> tuple[list[Trial], list[tuple[str, str]]]:
-    """-> (recipes that save at least `min_gain` of the site's bytes, refusals)."""
+    """-> (recipes that save at least the budget's `min_gain` of the site's bytes, refusals)."""
     trials: list[Trial] = []
     refused: list[tuple[str, str]] = []
-    most = (1 - min_gain) * site.dense_bytes
+    most = (1 - budget.min_gain) * site.dense_bytes
     storages = [r for r in rewrites if issubclass(r, Storage) and not _refused(r, site, refused)]
     for storage in storages:
         for instance, error in storage.dense_errors(site).items():
@@ -79,11 +81,13 @@ def trials_of(
             trials.append(Trial(recipe, recipe.stored_bytes(site), 0.0, error))
     trials = [t for t in trials if t.bytes <= most]
     if storages and not trials:
-        refused.append((storages[0].name, f"nothing saves {min_gain:.0%} of {site.dense_bytes} bytes"))
+        refused.append((storages[0].name, f"nothing saves {budget.min_gain:.0%} of {site.dense_bytes} bytes"))
+    # Where flops count, fewer bytes and less error do not make up for a dense product: no structure is dropped.
+    promising = partial(_promising, rivals=trials) if budget.flops is None else list
     for structure in (r for r in rewrites if issubclass(r, Structure) and not _refused(r, site, refused)):
         factored = [
             Trial(e.recipe, e.bytes, e.structure_error, max(e.structure_error, _error(site, e.recipe)))
-            for e in _promising(_estimates(site, structure, storages, trials, most), trials)
+            for e in promising(_estimates(site, structure, storages, trials, most))
         ]
         trials += factored
         if not factored:
@@ -94,16 +98,16 @@ def trials_of(
 
 
 def _estimates(
-    site: Site, structure: type[Structure], storages: Sequence[type[Storage]], rivals: Sequence[Trial], most: float
+    site: Site, structure: type[Structure], storages: Sequence[type[Storage]], dense: Sequence[Trial], most: float
 ) -> list[Trial]:
-    """Every instance with every storage of its factors; its error is taken as its own plus that storage's on the dense weight."""
-    added: dict[Storage | None, float] = {t.recipe.storage: t.error for t in rivals} | {None: 0.0}
+    """Every instance with every storage of its factors; errors: its own plus that storage's on the dense weight."""
+    added: dict[Storage | None, float] = {t.recipe.storage: t.error for t in dense} | {None: 0.0}
     kinds = (None, *(s for kind in storages for s in kind.for_factors(site)))
     found = []
     for instance in structure.space(site):
         recipes = [r for s in kinds if (r := Recipe(instance, s)).stored_bytes(site) <= most]
         bound = instance.error_bound(site)
-        if not recipes or bound > MOST_LOST or all(_beaten(r.stored_bytes(site), bound, rivals) for r in recipes):
+        if not recipes or bound > MOST_LOST:
             continue
         plain = max(local_error(site, instance.unstored(site)), bound)
         found += [Trial(r, r.stored_bytes(site), plain, plain + added.get(r.storage, 0.0)) for r in recipes]

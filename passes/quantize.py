@@ -18,6 +18,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from fxcompress.codegen.ops.dequantize import dequantize, stored_bytes
 from fxcompress.codegen.packing import BITS, pack, packed_bytes
@@ -72,10 +73,11 @@ class Quantize(Storage):
         return cls(4, 64), cls(8, 0)
 
     @classmethod
-    def dense_errors(cls, site: Site) -> dict[Self, float]:
+    def dense_errors(cls, site: Site) -> dict[Storage, float]:
         """All settings are rounded in one pass."""
         if is_table(site):
-            return {q: local_error(site, w) for q, w in site.analysis(rounded_table).items()}
+            tables = site.analysis(rounded_table)
+            return {q: local_error(site, tables[q]) for q in cls.space(site)}
         return {q: local_error(site, w) for q, w in rounded(site.weight, rounding_metric(site), [*cls.space(site)])}
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
@@ -99,14 +101,15 @@ class Quantize(Storage):
         return {**{k: torch.empty(0, w, dtype=torch.uint8) for k, w in widths.items()}, "grid": torch.zeros(2)}
 
     def decode(self, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        return dequantize(*(tensors[k] for k in self.keys), *self.constants(like))  # type: ignore[arg-type]
+        matrix: Tensor = dequantize(*(tensors[k] for k in self.keys), *self.constants(like))
+        return matrix
 
     def read(self, graph: fx.Graph, tensors: Mapping[str, fx.Node], like: Tensor) -> fx.Node:
-        args = (*(tensors[k] for k in self.keys), *self.constants(like))
+        args: tuple[Argument, ...] = (*(tensors[k] for k in self.keys), *self.constants(like))
         return graph.call_function(torch.ops.fxcompress.dequantize.default, args)
 
     def lookup(self, graph: fx.Graph, tensors: Mapping[str, fx.Node], like: Tensor, ids: fx.Node) -> fx.Node:
-        args = (ids, *(tensors[k] for k in self.keys), *self.constants(like))
+        args: tuple[Argument, ...] = (ids, *(tensors[k] for k in self.keys), *self.constants(like))
         return graph.call_function(torch.ops.fxcompress.quantized_embedding.default, args)
 
     def constants(self, like: Tensor) -> tuple[int, int, int, torch.dtype]:
@@ -114,7 +117,7 @@ class Quantize(Storage):
         return self.bits, self.group(like.shape[1]), like.shape[1], like.dtype
 
     def group(self, columns: int) -> int:
-        """The group size on a row of `columns`: 0 also where a group would span the row anyway (a low rank's thin factors)."""
+        """The group size on a row of `columns`: 0 also where a group would span the row (a low rank's thin factors)."""
         return 0 if self.group_size >= columns else self.group_size
 
 
@@ -125,7 +128,7 @@ def is_table(site: Site) -> bool:
 
 def rounded_table(site: Site) -> dict[Quantize, Tensor]:
     """The table at each setting tried, kept in the site's analysis: row tiers are put together from the same."""
-    return dict(rounded(site.weight, rounding_metric(site), [*Quantize.space(site)]))
+    return dict(rounded(site.weight, rounding_metric(site), [Quantize(b, g) for b, g in TRIED_ON_TABLES]))
 
 
 def rounded(weight: Tensor, metric: Metric, settings: list[Quantize]) -> Iterator[tuple[Quantize, Tensor]]:
@@ -144,7 +147,7 @@ def _round(x: Tensor, metric: Metric, settings: list[Quantize]) -> list[tuple[Te
     fed = [i for i, q in enumerate(settings) if q.bits != 8] if curve is not None else []
     done = {}
     if curve is not None and fed:
-        picked = ([of[i] for i in fed] for of in (grids, [q.bits for q in settings], groups))
+        picked = [grids[i] for i in fed], [settings[i].bits for i in fed], [groups[i] for i in fed]
         done = dict(zip(fed, rounding.round_with(x, *picked, curve)))
     return [
         done[i] if i in done else (rounding.nearest(x, grids[i], q.bits, groups[i]).to(torch.uint8), grids[i])

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, fx
@@ -79,12 +79,14 @@ class QuantizeRows(Storage):
         return ()
 
     @classmethod
-    def dense_errors(cls, site: Site) -> dict[Self, float]:
+    def dense_errors(cls, site: Site) -> dict[Storage, float]:
         """Every tier is rounded once for the whole table; an instance adds up the rows it takes of each."""
         tables, order = site.analysis(_tables), _order(site.weight, rounding_metric(site))
         if site.kind == "tied":
             return {q: local_error(site, q._assemble(tables, order)) for q in cls.space(site)}
-        whole = float((_row_energies(site.weight.float(), rounding_metric(site)) * site.statistics.row_weight).sum())
+        read = site.statistics.row_weight
+        assert read is not None  # else it refuses
+        whole = float((_row_energies(site.weight.float(), rounding_metric(site)) * read).sum())
         sums = tables.errors[:, order].double().cumsum(1)  # in the order rows are dealt to the tiers
         return {q: q._dealt(sums) / max(whole, 1e-200) for q in cls.space(site)}
 
@@ -96,7 +98,7 @@ class QuantizeRows(Storage):
         """index, then codes, scales, zeros and grid of each tier; rows keep their order within a tier."""
         if sum(self.counts) != len(matrix):
             raise SpecError(f"{self} is for a table of {sum(self.counts)} rows; this one has {len(matrix)}.")
-        members = [part.sort().values for part in _order(matrix, metric).split(self.counts)]
+        members = [part.sort().values for part in torch.split(_order(matrix, metric), list(self.counts))]
         place = torch.empty(len(matrix), dtype=torch.int64)
         place[torch.cat(members)] = torch.arange(len(matrix))
         tensors = {"index": place.to(torch.int16 if len(matrix) <= 1 << 16 else torch.int32)}
@@ -106,7 +108,8 @@ class QuantizeRows(Storage):
         return tensors
 
     def decode(self, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        return quantized_rows_embedding(torch.arange(like.shape[0]), *_arguments(tensors, like))  # type: ignore[arg-type]
+        matrix: Tensor = quantized_rows_embedding(torch.arange(like.shape[0]), *_arguments(tensors, like))
+        return matrix
 
     def read(self, graph: fx.Graph, tensors: Mapping[str, fx.Node], like: Tensor) -> fx.Node:
         return self.lookup(graph, tensors, like, graph.call_function(torch.ops.aten.arange.default, (like.shape[0],)))
@@ -127,7 +130,7 @@ class QuantizeRows(Storage):
 
     def _assemble(self, tables: _Tables, order: Tensor) -> Tensor:
         table = torch.empty_like(tables.rounded[0])
-        for part, rounded_at in zip(order.split(self.counts), tables.rounded):
+        for part, rounded_at in zip(torch.split(order, list(self.counts)), tables.rounded):
             table[part] = rounded_at[part]
         return table
 
@@ -171,7 +174,7 @@ def _row_energies(a: Tensor, metric: Metric) -> Tensor:
     return a.square().sum(1) if metric.columns is None else ((a @ metric.columns.float()) * a).sum(1)
 
 
-def _arguments(tensors: Mapping[str, Tensor] | Mapping[str, fx.Node], like: Tensor) -> tuple[object, ...]:
+def _arguments(tensors: Mapping[str, Tensor] | Mapping[str, fx.Node], like: Tensor) -> tuple[Any, ...]:
     lists = [[tensors[f"{part}{t.bits}"] for t in TIERS] for part in ("codes", "scales", "zeros", "grid")]
     return (
         tensors["index"],

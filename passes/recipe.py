@@ -11,7 +11,7 @@ The text is what plans print, save and parse; `parse` is its inverse.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -31,7 +31,7 @@ KEEP = "keep"
 class Recipe:
     """A structure, and one storage for all its matrices (None: the weight's own dtype)."""
 
-    structure: Structure = Dense()
+    structure: Structure = field(default_factory=Dense)
     storage: Storage | None = None
 
     def __str__(self) -> str:

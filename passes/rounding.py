@@ -1,8 +1,8 @@
 """Rounding a matrix W (rows, columns) to a grouped grid so that tr(D G D^T), D = W - W', is small.
 
-    w' = s (q - z),   q in 0 .. 2^bits - 1,   one scale s and one zero z a group of a row (fxcompress.codegen.ops.dequantize)
+    w' = s (q - z),   q in 0 .. 2^bits - 1,   s and z one for a group of a row (fxcompress.codegen.ops.dequantize)
 
-1. `fit`       s and z of each group by search and Lloyd steps, minimising sum_j G_jj D_j^2; snapped to the stored grids.
+1. `fit`       s and z of each group by search and Lloyd steps, minimising sum_j G_jj D_j^2; snapped as they are stored.
 2. `feed_back` columns in order of falling G_jj; each column's rounding error is spread over the columns still to come,
                W_k -= e_j U_jk / U_jj with U the upper Cholesky factor of G^-1 (GPTQ, Frantar et al., arXiv 2210.17323).
 3. `descend`   one cyclic sweep of exact coordinate descent over the codes (QuantEase, Behdin et al., arXiv 2309.01885).
@@ -31,7 +31,7 @@ ROW_CHUNK = 8192  # rows worked on at once: bounds memory at a few times 8192 co
 
 
 class Grid(NamedTuple):
-    """scale, zero (groups, rows) as they will be read back; their uint8 codes; base and step of the scale's logarithm."""
+    """scale, zero (groups, rows) as they will be read back; their uint8 codes; base and step of log2 scale."""
 
     scale: Tensor
     zero: Tensor
@@ -62,7 +62,7 @@ def curvature(metric: Tensor) -> Curvature:
 
 def fit(x: Tensor, bits: int, group: int, importance: Tensor | None) -> Grid:
     """Step 1 for X (columns, rows) float32; importance (columns,) is diag G or None."""
-    parts = [_search(part, bits, group, importance) for part in x.split(ROW_CHUNK, 1)]
+    parts = [_search(part, bits, group, importance) for part in torch.split(x, ROW_CHUNK, 1)]
     scale, zero = (torch.cat(t, 1) for t in zip(*parts))
     return snap(scale, zero, bits)
 
@@ -131,7 +131,7 @@ def _round_rows(
     top = torch.cat([torch.full((rows,), 2.0**b - 1) for b in bits])
     stacked = x.repeat(1, len(bits))
     codes = descend(stacked, feed_back(stacked, scale, zero, top, curve), scale, zero, top, curve.damped)
-    split = codes.split(rows, 1)
+    split = torch.split(codes, rows, 1)
     return [(q.to(torch.uint8), refit(x, q, grid, n, curve.damped)) for q, grid, n in zip(split, grids, groups)]
 
 
@@ -176,7 +176,7 @@ def descend(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, top: Tensor, 
 
 
 def refit(x: Tensor, codes: Tensor, grid: Grid, group: int, damped: Tensor) -> Tensor:
-    """Step 4: scales (groups, rows) with  min_s tr((C s - X)^T G (C s - X)),  C = q - z;  a ridge keeps them near the old."""
+    """Step 4: scales (groups, rows) with  min_s tr((C s - X)^T G (C s - X)),  C = q - z,  a ridge near the old ones."""
     columns, rows = x.shape
     groups = len(grid.scale)
     _, zero = spread(grid, group, columns)
@@ -202,11 +202,14 @@ def _grouped(values: Tensor, group: int) -> Tensor:
     pad = -len(values) % group
     if pad:
         values = torch.nn.functional.pad(values, (0, 0, 0, pad))
-    return values.unflatten(0, (-1, group))
+    return torch.unflatten(values, 0, (-1, group))
+
+
+_Tried = tuple[Tensor, Tensor, Tensor, Tensor]  # scale, zero, error (groups, rows), codes (groups, group, rows)
 
 
 def _search(x: Tensor, bits: int, group: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Best scale, zero (groups, rows) over a few starting ranges, then Lloyd steps: refit the line q -> w, round again."""
+    """Best scale, zero (groups, rows) of a few starting ranges; then Lloyd steps: fit the line q -> w, round again."""
     top, middle, tiny = 2**bits - 1, (2**bits - 1) / 2, 1e-12
     v = _grouped(x, group)  # (groups, group, rows)
     ones = torch.ones(len(x)) if importance is None else importance.float() + DAMPING * importance.float().mean()
@@ -245,7 +248,8 @@ def _search(x: Tensor, bits: int, group: int, importance: Tensor | None) -> tupl
     return best[0], best[1]
 
 
-def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Per group, whichever (scale, zero, error, codes) has the smaller error."""
+def _better(a: _Tried, b: _Tried) -> _Tried:
+    """Per group, whichever has the smaller error."""
     wins = b[2] < a[2]
-    return (*(torch.where(wins, y, x) for x, y in zip(a[:3], b[:3])), torch.where(wins.unsqueeze(1), b[3], a[3]))
+    scale, zero, error = (torch.where(wins, y, x) for x, y in zip(a[:3], b[:3]))
+    return scale, zero, error, torch.where(wins.unsqueeze(1), b[3], a[3])

@@ -97,7 +97,7 @@ def test_a_budget_prints_every_bound(budget, text):
         ("0x", "size='0x' must be above 0"),
         ("0%", "size='0%' must be above 0"),
         ("0 MB", "size='0 MB' must be above 0"),
-        ("1e999x", "must be above 0 and finite|must be above 0"),
+        ("1e999x", "must be above 0"),
         (math.nan, "size=nan must be above 0"),
         (math.inf, "size=inf must be above 0"),
         (-math.inf, "size=-inf must be above 0"),

@@ -126,5 +126,5 @@ def test_stored_bytes_are_the_bytes_encode_makes(setting, shape):
 
 
 def test_the_stored_width_is_bits_plus_twelve_bits_a_group():
-    # 1024 columns in groups of 64: codes 4 bits, and 8 + 4 bits a group; the grid's 8 bytes are a tensor's, not a weight's.
+    # 1024 columns in groups of 64: codes 4 bits, and 8 + 4 bits a group; the grid's 8 bytes come once a tensor.
     assert (stored_bytes(512, 1024, 4, 64) - 8) * 8 == 512 * 1024 * 4 + 512 * 16 * 12

@@ -5,7 +5,7 @@
     codes   uint8 (..., packed_bytes(columns, bits))    fxcompress.codegen.packing
     scales  uint8 (..., groups)                         groups = ceil(columns / group_size); group_size 0: the whole row
     zeros   uint8 (..., ceil(groups / 2))               two 4-bit zero_codes a byte, low half first
-    grid    float32 (2,)                                log2 of the tensor's smallest scale, and of the ratio between neighbours
+    grid    float32 (2,)                                log2 of the smallest scale, and of the ratio between neighbours
     ->      dtype (..., columns)
 
 A scale kept as a logarithm costs 8 bits instead of 16 and needs no super-scale per row; rounding happens against the
@@ -41,7 +41,7 @@ def dequantize(
     values = unpack(codes, bits, columns).float()
     if columns % size:  # a short last group
         values = torch.nn.functional.pad(values, (0, groups * size - columns))
-    values = (values.unflatten(-1, (groups, size)) - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
+    values = (torch.unflatten(values, -1, (groups, size)) - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
     return values.flatten(-2)[..., :columns].to(dtype).contiguous()
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.codegen.ops.dequantize import dequantize
@@ -26,7 +27,9 @@ def quantized_embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """Gather, then dequantize. An id outside the vocabulary raises IndexError, as aten.embedding does."""
-    return dequantize(codes[ids], scales[ids], zeros[ids], grid, bits, group_size, columns, dtype)
+    c, s, z = (F.embedding(ids, t) for t in (codes, scales, zeros))  # unlike t[ids], it refuses negative ids
+    rows: Tensor = dequantize(c, s, z, grid, bits, group_size, columns, dtype)
+    return rows
 
 
 @quantized_embedding.register_fake

@@ -29,7 +29,7 @@ def quantized_rows_embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """Each tier answers for its own rows. An id outside the vocabulary raises IndexError."""
-    flat = index[ids.reshape(-1)].long()
+    flat = index.index_select(0, ids.reshape(-1)).long()  # unlike index[ids], it refuses negative ids
     place = flat & 0xFFFF if index.dtype == torch.int16 else flat
     rows = torch.empty(len(place), columns, dtype=dtype, device=codes[0].device)
     start = 0

@@ -1,1 +1,1 @@
-"""The nouns (site, cost, budget, plan) and the only code that captures, runs and edits graphs; imports nothing above."""
+"""The nouns (site, cost, budget, plan) and the only code that captures, runs and edits graphs. Imports none above."""

@@ -39,7 +39,9 @@ class Budget:
         self.size_bytes(1 << 40)
         if self.flops is not None and _share("flops", self.flops)[1] == "bytes":
             raise BudgetError(f"Budget flops={self.flops!r} is in bytes; write a ratio \"2x\" or a share \"50%\".")
-        if self.error is not None and not (isinstance(self.error, int | float) and 0 < self.error < math.inf):
+        if self.error is not None and (
+            isinstance(self.error, bool) or not isinstance(self.error, int | float) or not 0 < self.error < math.inf
+        ):
             raise BudgetError(f"Budget error={self.error!r} is no bound; write a number above 0, such as error=0.05.")
         if not 0 <= self.min_gain < 1:
             raise BudgetError(

@@ -1,6 +1,6 @@
 """What flows through each site, streamed: memory holds the statistics and one batch, never all activations.
 
-    linear sites      H = E[x x^T],  mu = E[x]    over tokens, in float64; sites with one input node share a pair (Q, K, V)
+    linear sites      H = E[x x^T],  mu = E[x]    over tokens, in float64; sites of one input share a pair (Q, K, V)
     embedding sites   p_r                         how often row r will be read, smoothed from how often it was
                                                   (`row_probabilities`)
                       M = E[g g^T]                g the gradient of the model's loss at the looked-up row, a few batches
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +125,7 @@ def calibrate(gm: SignedModule, sites: Sequence[Site], batches: Iterable[Any], p
     """Run every batch once. Raises `CalibrationError` for empty data, a batch that does not fit, or NaN activations."""
     result = Calibration()
     observer = _Observer(gm, sites, result.moments, result.counts)
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     gradient_batches: list[Call] = []
     for index, batch in enumerate(tqdm(batches, "calibrate", total, unit="batch", disable=not progress, leave=False)):
         call = bind_batch(gm, batch, index)
@@ -265,7 +265,8 @@ def _random_direction(y: Tensor, kind: str, generator: torch.Generator) -> Tenso
         drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
         return torch.nn.functional.one_hot(drawn, p.shape[-1]).to(y.dtype) - p.to(y.dtype)
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y.dtype)
-    return noise / y.detach().norm().clamp_min(1e-30)
+    norm: Tensor = y.detach().norm()
+    return noise / norm.clamp_min(1e-30)
 
 
 def _split(call: Call, index: int, room: int) -> tuple[Call | None, Call | None]:

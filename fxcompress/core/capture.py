@@ -54,7 +54,7 @@ def capture(model: nn.Module, inputs: Inputs) -> SignedModule:
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One batch as a user gives it -> (args, kwargs): a dict is keywords, a tuple or list positions, a tensor the first."""
+    """One batch as a user gives it -> (args, kwargs): a dict is keywords, a tuple or list positions, a tensor one."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple | list):
@@ -117,7 +117,7 @@ def export(gm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torc
 
 
 def unlift(program: torch.export.ExportedProgram) -> SignedModule:
-    """ExportedProgram -> GraphModule whose weights are attributes again; its `meta["signature"]` is the caller's to set."""
+    """ExportedProgram -> GraphModule with weights as attributes again; `meta["signature"]` is the caller's to set."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = program.module(check_guards=False)
@@ -135,9 +135,8 @@ def unlift(program: torch.export.ExportedProgram) -> SignedModule:
 def _as_exported(model: nn.Module) -> Iterator[None]:
     """Eval mode and no key-value cache (it is neither a tensor nor an answer) while tracing; restored afterwards."""
     training = [m for m in model.modules() if m.training]
-    configs = {
-        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True
-    }
+    own: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(c): c for c in own if getattr(c, "use_cache", False) is True}
     try:
         for module in training:
             module.training = False

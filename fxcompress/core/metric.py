@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """What a rewrite of a matrix (rows, columns) should minimise: sum_r rows_r D_r columns D_r^T. None: the identity."""
+    """What a rewrite of a matrix (rows, columns) should minimise: sum_r rows_r D_r columns D_r^T; None is I."""
 
     columns: Tensor | None = None  # (columns, columns) float64
     rows: Tensor | None = None  # (rows,) float64

@@ -131,7 +131,7 @@ class Plan:
         heads = ["site", "shape", "rewrite", "bytes", "share", "site error", "of model loss"]
         tail = (
             f"total {format_bytes(self.original_bytes)} -> {format_bytes(self.predicted_bytes)} "
-            f"({self.original_bytes / self.predicted_bytes:.2f}x), predicted {unit} {self.predicted_error:.4f}, "
+            f"({self.original_bytes / self.predicted_bytes:.2f}x), predicted {unit} {self.predicted_error:.4g}, "
             f"optimal within {self.gap:.1e}"
         )
         table = tabulate(rows, headers=heads, disable_numparse=True, colalign=("left", "left", "left", *("right",) * 4))

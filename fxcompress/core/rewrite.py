@@ -57,7 +57,7 @@ class Storage(Rewrite):
 
     @classmethod
     @abstractmethod
-    def dense_errors(cls, site: Site) -> dict[Self, float]:
+    def dense_errors(cls, site: Site) -> dict[Storage, float]:
         """The squared relative error of the site's whole weight under each instance of `space`."""
 
     @classmethod
@@ -103,7 +103,7 @@ class Structure(Rewrite):
 
     @abstractmethod
     def error_bound(self, site: Site) -> float:
-        """The squared relative error over the calibration inputs before anything is stored; no storage can reach less."""
+        """The squared relative error over the calibration inputs before anything is stored: no storage gets lower."""
 
     @abstractmethod
     def unstored(self, site: Site) -> Tensor:

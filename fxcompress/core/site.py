@@ -1,6 +1,6 @@
 """A site: one weight matrix, every node that reads it, and what calibration knows about its inputs.
 
-    linear     y = x W^T + b     aten.linear, addmm, mm, matmul with a constant weight (Conv1D's, (in, out), is read transposed)
+    linear     y = x W^T + b     aten.linear, addmm, mm, matmul with a constant weight (Conv1D's is read transposed)
     embedding  y = W[ids]        aten.embedding
 
 A weight read by several nodes (tied embeddings, shared layers) is one site: one decision, one set of stored tensors.
@@ -50,9 +50,9 @@ class Statistics:
 
     second_moment: E[x x^T] (in, in) float64 over the inputs of its linear uses
     mean: E[x] (in,) float64
-    check: the same two over held-out inputs, (E[x x^T], E[x]); errors are judged by them, as what was fitted to H flatters H
+    check: the same two over held-out inputs, (E[x x^T], E[x]); errors are judged by them (a fit to H flatters H)
     row_weight: probability of each row (rows,) float64 over the ids of its embedding uses
-    column_metric: (columns, columns) float64, how the model's output reacts to a looked-up row: E[g g^T] of its gradients
+    column_metric: (columns, columns) float64, how the output reacts to the looked-up row: E[g g^T] of its gradients
     """
 
     second_moment: Tensor | None = None
@@ -141,8 +141,8 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     """Every linear and embedding weight of the graph, in the order of first use."""
     found: dict[int, list[tuple[fx.Node, Tensor, bool, Use]]] = {}
     paths: dict[int, list[str]] = {}
-    for name, tensor in gm.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(tensor), []).append(name)
+    for name, parameter in gm.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(name)
     for node in gm.graph.nodes:
         match = _match(node)
         if match is None:
@@ -156,11 +156,26 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
         orientations = {transposed for _, _, transposed, _ in reads}
         if len(orientations) > 1:  # read both ways round: no single (rows, columns) describes it
             continue
+        if _readers(gm, paths[key]) != {use.node for _, _, _, use in reads}:  # something else needs the weight as it is
+            continue
         tensor, transposed = reads[0][1].detach(), reads[0][2]
         name = min(paths[key], key=lambda p: (p != str(reads[0][0].target), p)).removesuffix(".weight")
         weight = tensor.t() if transposed else tensor
         sites.append(Site(name, tuple(paths[key]), weight, tuple(use for _, _, _, use in reads), transposed))
     return sites
+
+
+def _readers(gm: fx.GraphModule, paths: list[str]) -> set[fx.Node]:
+    """Every node that reads the tensor, transposes looked through."""
+    found: set[fx.Node] = set()
+    waiting = [user for node in gm.graph.find_nodes(op="get_attr") if node.target in paths for user in node.users]
+    while waiting:
+        node = waiting.pop()
+        if node.target in _TRANSPOSES:
+            waiting += node.users
+        else:
+            found.add(node)
+    return found
 
 
 def attribute(gm: fx.GraphModule, path: str) -> Tensor:

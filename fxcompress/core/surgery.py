@@ -10,6 +10,7 @@ Before and after, at one use of a site:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,7 +59,8 @@ def own_tensors(gm: fx.GraphModule) -> None:
     """Give the graph its own copy of every tensor it still shares with the model it was captured from."""
     copies: dict[int, Tensor] = {}
     for module in gm.modules():
-        for group in (module._parameters, module._buffers):
+        groups: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for group in groups:
             for key, tensor in group.items():
                 if tensor is not None:
                     copy = copies.setdefault(id(tensor), tensor.detach().clone())
