@@ -1,4 +1,5 @@
-"""What compiling costs: seconds and peak memory on MiniLM with 128 calibration sentences, and seconds to plan a second budget.
+"""What compiling costs: seconds and peak memory on MiniLM with 128 calibration sentences, and seconds to plan a
+second budget.
 
     python benchmarks/compile_cost.py
 
@@ -41,7 +42,13 @@ def main() -> None:
         (f"plan a second budget ({second.budget})", f"{plan_seconds:.2f} s", "< 5 s"),
         ("peak memory above the model's own", f"{memory / 1e6:.0f} MB", "< 1000 MB"),
     ]
-    print(tabulate(rows, headers=[f"MiniLM, 128 sentences, {torch.get_num_threads()} threads", "measured", "bar"], disable_numparse=True))
+    print(
+        tabulate(
+            rows,
+            headers=[f"MiniLM, 128 sentences, {torch.get_num_threads()} threads", "measured", "bar"],
+            disable_numparse=True,
+        )
+    )
 
 
 def peak_bytes() -> int:

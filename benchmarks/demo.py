@@ -1,6 +1,7 @@
 """make demo: the real all-MiniLM-L6-v2, compressed at 4x and 8x, saved, loaded, and compared with the original.
 
-Calibrated on docstrings of the Python standard library and judged on others: sentences no one wrote for this. Nothing is downloaded.
+Calibrated on docstrings of the Python standard library and judged on others: sentences no one wrote for this.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from tabulate import tabulate
 import fxcompress
 from benchmarks.models import minilm
 
-MODULES = ("argparse", "ast", "asyncio", "collections", "concurrent.futures", "configparser", "csv", "ctypes", "datetime", "decimal",
-           "difflib", "email", "fractions", "functools", "http", "importlib", "inspect", "io", "ipaddress", "itertools", "json",
-           "logging", "multiprocessing", "os", "pathlib", "pickle", "random", "re", "shutil", "socket", "sqlite3", "statistics",
-           "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tkinter", "typing", "unittest", "urllib", "uuid",
-           "xml", "zipfile")  # fmt: skip
+MODULES = [
+    "argparse", "ast", "asyncio", "collections", "concurrent.futures", "configparser", "csv", "ctypes",
+    "datetime", "decimal", "difflib", "email", "fractions", "functools", "http", "importlib", "inspect", "io",
+    "ipaddress", "itertools", "json", "logging", "multiprocessing", "os", "pathlib", "pickle", "random", "re",
+    "shutil", "socket", "sqlite3", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap",
+    "threading", "tkinter", "typing", "unittest", "urllib", "uuid", "xml", "zipfile",
+]  # fmt: skip
 OUT = Path("demo-out")
 
 
@@ -37,7 +40,9 @@ def main() -> None:
     calibration, judged = minilm.batches(texts[:128]), texts[128:1128]
     model = minilm.model()
     reference = minilm.embed(model, judged)
-    print(f"all-MiniLM-L6-v2: {size_of(model) / 1e6:.2f} MB; calibrated on 128 docstrings, judged on {len(judged)} others\n")
+    print(
+        f"all-MiniLM-L6-v2: {size_of(model) / 1e6:.2f} MB; calibrated on 128 docstrings, judged on {len(judged)}\n"
+    )
     shutil.rmtree(OUT, ignore_errors=True)
     plan, rows = None, []
     for budget in ("4x", "8x"):
@@ -55,7 +60,13 @@ def main() -> None:
             budget, f"{on_disk / 1e6:.2f} MB", f"{minilm.mean_cosine(embeddings, reference):.4f}",
             f"{minilm.neighbour_overlap(embeddings, reference):.1%}", f"{seconds:.0f} s",
         ))  # fmt: skip
-    print(tabulate(rows, headers=["budget", "on disk", "mean cosine", "top-10 neighbours kept", "compiled in"], disable_numparse=True))
+    print(
+        tabulate(
+            rows,
+            headers=["budget", "on disk", "mean cosine", "top-10 neighbours kept", "compiled in"],
+            disable_numparse=True,
+        )
+    )
     print(f"\nthe compressed models are in {OUT}/; the demo took {time.perf_counter() - started:.0f} s")
 
 

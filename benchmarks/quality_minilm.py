@@ -1,9 +1,11 @@
-"""all-MiniLM-L6-v2 at 4x, 7.988x, 10x and 12x: STS-B dev, embedding cosine, bytes on disk, predicted beside measured error.
+"""all-MiniLM-L6-v2 at 4x, 7.988x, 10x and 12x: STS-B dev, embedding cosine, bytes on disk, predicted beside measured
+error.
 
     python benchmarks/quality_minilm.py [--examples 128] [--uniform]
 
-Calibration: the first lines of SST-2 dev (another domain than STS-B). `measured` is on 128 SST-2 train sentences no plan has seen.
---uniform adds the best single setting for all sites at each budget (the same rounding, no choice per site), for comparison.
+Calibration: the first lines of SST-2 dev (another domain than STS-B). `measured` is on 128 SST-2 train sentences
+no plan has seen. --uniform adds the best single setting for all sites at each budget (the same rounding, no choice
+per site), for comparison.
 """
 
 from __future__ import annotations
@@ -47,11 +49,34 @@ def main() -> None:
             again = fxcompress.cost_model.select.choose(plan, fxcompress.Budget(size=budget))
             compiled = _carry_out(original, known, again, fxcompress.Budget(size=budget))
         seconds, plan = time.perf_counter() - begun, compiled.plan
-        rows.append(row(f"{budget} (drop <= {most_drop}, cosine >= {least_cosine})", compiled, original, calls, score, reference, seconds))
+        rows.append(
+            row(
+                f"{budget} (drop <= {most_drop}, cosine >= {least_cosine})",
+                compiled,
+                original,
+                calls,
+                score,
+                reference,
+                seconds,
+            )
+        )
         if options.uniform:
-            rows += [row(f"  uniform {spec}", c, original, calls, score, reference, 0.0) for spec, c in uniform(plan, original, known, budget)]
-    heads = ["budget and bar", "on disk", "ratio", "STS-B drop", "mean cosine", "predicted", "measured", "off by", "seconds"]
-    print(f"uncompressed STS-B dev Spearman {score:.4f}; {len(lines[:options.examples])} calibration sentences\n")
+            rows += [
+                row(f"  uniform {spec}", c, original, calls, score, reference, 0.0)
+                for spec, c in uniform(plan, original, known, budget)
+            ]
+    heads = [
+        "budget and bar",
+        "on disk",
+        "ratio",
+        "STS-B drop",
+        "mean cosine",
+        "predicted",
+        "measured",
+        "off by",
+        "seconds",
+    ]
+    print(f"uncompressed STS-B dev Spearman {score:.4f}; {len(lines[: options.examples])} calibration sentences\n")
     print(tabulate(rows, headers=heads, disable_numparse=True))
 
 

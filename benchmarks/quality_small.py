@@ -1,6 +1,7 @@
-"""Small trained models: stories260K (Llama), vit_mnist and grokked modular addition. What each was trained for, before and after.
+"""Small trained models: stories260K (Llama), vit_mnist and grokked modular addition. What each was trained for,
+before and after.
 
-    python benchmarks/quality_small.py
+python benchmarks/quality_small.py
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from benchmarks.models import data, grokking, stories, vit_mnist
 def main() -> None:
     """One table."""
     rows = [*story_rows(), *digit_rows(), *sum_rows()]
-    print(tabulate(rows, headers=["model", "budget", "on disk", "measure", "before", "after", "predicted", "measured", "chosen"],
+    heads = ["model", "budget", "on disk", "measure", "before", "after", "predicted", "measured", "chosen"]
+    print(tabulate(rows, headers=heads,
                    disable_numparse=True))  # fmt: skip
 
 
@@ -70,11 +72,33 @@ def sum_rows() -> list[tuple[str, ...]]:
             try:
                 compiled, size = roundtrip(fxcompress.compile(model, budget, calibration=batches, rewrites=rewrites))
             except fxcompress.core.errors.InfeasibleBudgetError as error:
-                rows.append((kind, f"{budget} {'low rank only' if rewrites else ''}", "-", "sums right", "12769", "-", "-", "-", str(error)[:60]))
+                rows.append(
+                    (
+                        kind,
+                        f"{budget} {'low rank only' if rewrites else ''}",
+                        "-",
+                        "sums right",
+                        "12769",
+                        "-",
+                        "-",
+                        "-",
+                        str(error)[:60],
+                    )
+                )
                 continue
             with torch.no_grad():
                 right = int((compiled(inputs).argmax(-1) == targets).sum())
-            rows.append((kind, f"{budget} {'low rank only' if rewrites else ''}", size, "sums right", "12769", str(right), *ends(compiled)))
+            rows.append(
+                (
+                    kind,
+                    f"{budget} {'low rank only' if rewrites else ''}",
+                    size,
+                    "sums right",
+                    "12769",
+                    str(right),
+                    *ends(compiled),
+                )
+            )
     return rows
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxcompress.checkpoint import attach, overhead, predicted_overhead
+from fxcompress.checkpoint import attach, bytes_on_disk, predicted_overhead
 from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration, bind_batch, calibrate
 from fxcompress.core.capture import capture, example_of, split_inputs
@@ -140,7 +140,7 @@ def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: B
         measured = divergence.error
         report = _report(plan, reports, measured, known, plan.predicted_bytes)
         attach(compiled, original.signature, plan, report)
-        total = stored_bytes(compiled) + overhead(compiled)
+        total = bytes_on_disk(compiled)
         attach(compiled, original.signature, plan, replace(report, measured_bytes=total))
         if budget is None or room is None:
             return compiled

@@ -89,7 +89,8 @@ def load(folder: str | os.PathLike[str]) -> SignedModule:
             tensors[alias] = tensors[name]
         gm = _graph(_unpack(contents[GRAPH]), tensors)
         told = json.loads(_unpack(contents[PLAN]))
-        plan, report = Plan.from_json(told["plan"]), Report.from_json(told["report"])
+        plan = Plan.from_json(told["plan"])
+        report = Report.from_json({**told["report"], "measured_bytes": int(manifest["measured_bytes"])})
         return attach(gm, Signature.from_json(manifest["signature"]), plan, report)
     except FxcompressError:
         raise
@@ -112,11 +113,9 @@ def attach(gm: SignedModule, signature: Signature, plan: Plan, report: Report) -
     return gm
 
 
-def overhead(compiled: SignedModule) -> int:
-    """Bytes `save` writes beside the tensors themselves."""
-    files = _files(compiled)
-    tensors = sum(t.numel() * t.element_size() for t in _tensors(compiled)[0].values())
-    return sum(len(content) for content in files.values()) - tensors
+def bytes_on_disk(compiled: SignedModule) -> int:
+    """What `save` will write, all files together."""
+    return sum(len(content) for content in _files(compiled).values())
 
 
 def predicted_overhead(original: SignedModule, plan: Plan) -> int:
@@ -143,12 +142,15 @@ def _files(gm: SignedModule) -> dict[str, bytes]:
         "files": {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()},
         "aliases": aliases,
         "signature": gm.signature.to_json(),
+        "measured_bytes": f"{gm.meta['report'].measured_bytes:015d}",
     }
     return {**files, MANIFEST: json.dumps(manifest).encode()}
 
 
 def _plan_text(plan: Plan, report: Report) -> bytes:
-    return f'{{"plan": {plan.to_text()}, "report": {json.dumps(report.to_json())}}}'.encode()
+    """measured_bytes is left to the manifest, at a fixed width: a compressed file must not hold its own size."""
+    told = {k: v for k, v in report.to_json().items() if k != "measured_bytes"}
+    return f'{{"plan": {plan.to_text()}, "report": {json.dumps(told)}}}'.encode()
 
 
 def _tensors(gm: SignedModule) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -236,7 +238,7 @@ def _manifest(source: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {manifest['format']!r}; this version reads format {FORMAT}.")
         assert set(manifest["files"]) == {TENSORS, GRAPH, PLAN}
-        assert {"aliases", "signature"} <= set(manifest)
+        assert {"aliases", "signature", "measured_bytes"} <= set(manifest)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{path} is damaged; compress the model again or restore the file.") from error
     return manifest

@@ -1,8 +1,8 @@
-"""The command line: compress, plan, inspect. Results on stdout, progress and complaints on stderr, non-zero on any failure.
+"""The command line: compress, plan, inspect. Results on stdout, progress and complaints on stderr, non-zero on any
+failure.
 
-    fxcompress compress ./my-bert --budget 4x --calibration texts.txt --out ./my-bert-4x
-    fxcompress plan ./my-bert --budget 4x --calibration texts.txt
-    fxcompress inspect ./my-bert-4x
+fxcompress compress ./my-bert --budget 4x --calibration texts.txt --out ./my-bert-4x fxcompress plan ./my-bert
+--budget 4x --calibration texts.txt fxcompress inspect ./my-bert-4x
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from fxcompress.hf import batches_of, load_model
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s"
+    )
     try:
         options.run(options)
     except (FxcompressError, OSError) as error:
@@ -61,7 +63,9 @@ def _plan(options: argparse.Namespace) -> None:
     Budget.parse(options.budget)
     model = load_model(options.model)
     calibration = _calibration(options, model)
-    plan = plan_only(model, options.budget, calibration=calibration, rewrites=options.rewrites, progress=not options.quiet)
+    plan = plan_only(
+        model, options.budget, calibration=calibration, rewrites=options.rewrites, progress=not options.quiet
+    )
     if options.save:
         plan.save(options.save)
     _print(options, plan.to_json(), plan.explain(options.explain) if options.explain else str(plan))
@@ -71,14 +75,19 @@ def _inspect(options: argparse.Namespace) -> None:
     compiled = load(options.folder)
     plan, report = compiled.meta["plan"], compiled.meta["report"]
     if options.explain:
-        _print(options, [c for c in plan.to_json()["candidates"] if c[0] == options.explain], plan.explain(options.explain))
+        _print(
+            options, [c for c in plan.to_json()["candidates"] if c[0] == options.explain], plan.explain(options.explain)
+        )
         return
     _print(options, {"plan": plan.to_json(), "report": report.to_json()}, f"{plan}\n\n{report}")
 
 
 def _calibration(options: argparse.Namespace, model: Any) -> Any:
     if options.calibration is None:
-        print("fxcompress: no --calibration: weights are rounded in their own metric, and errors are guesses.", file=sys.stderr)
+        print(
+            "fxcompress: no --calibration: weights are rounded in their own metric, and errors are guesses.",
+            file=sys.stderr,
+        )
         return None
     return batches_of(options.model, model, Path(options.calibration), options.examples, options.batch_size)
 

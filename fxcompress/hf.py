@@ -1,4 +1,6 @@
-"""Hugging Face folders: the model its config names, and texts turned into calibration batches. Needs the extra `fxcompress[hf]`."""
+"""Hugging Face folders: the model its config names, and texts turned into calibration batches. Needs the extra
+`fxcompress[hf]`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from fxcompress.core.errors import CalibrationError, CaptureError
 
 
 def load_model(folder: str | os.PathLike[str]) -> nn.Module:
-    """The model in eval mode, from local files only. Raises `CaptureError` where the folder is none of transformers'."""
+    """The model in eval mode, from local files only. Raises `CaptureError` where there is none."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise CaptureError(f"{path} holds no config.json: give a folder written by transformers' save_pretrained.")
@@ -30,7 +32,9 @@ def load_model(folder: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
-def batches_of(folder: str | os.PathLike[str], model: nn.Module, texts: Path, limit: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
+def batches_of(
+    folder: str | os.PathLike[str], model: nn.Module, texts: Path, limit: int, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
     """The first `limit` lines of `texts` through the folder's tokenizer, padded within a batch, cut at 128 tokens."""
     if not texts.is_file():
         raise CalibrationError(f"calibration file {texts} does not exist; give a text file with one example a line.")
@@ -40,12 +44,18 @@ def batches_of(folder: str | os.PathLike[str], model: nn.Module, texts: Path, li
     try:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"{folder} holds no tokenizer for the calibration texts: {str(error).splitlines()[0]}") from error
+        raise CalibrationError(
+            f"{folder} holds no tokenizer for the calibration texts: {str(error).splitlines()[0]}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     takes = _inputs_of(model)
     return [
-        {k: v for k, v in tokenizer(chunk, padding=True, truncation=True, max_length=128, return_tensors="pt").items() if k in takes}
+        {
+            k: v
+            for k, v in tokenizer(chunk, padding=True, truncation=True, max_length=128, return_tensors="pt").items()
+            if k in takes
+        }
         for chunk in _chunks(lines, batch_size)
     ]
 

@@ -40,6 +40,7 @@ from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
 
 RANK_STEPS = 8  # instances a site is offered, evenly spaced up to the largest useful rank
+ROW_CHUNK = 4096
 DAMPING = 1e-4  # of mean(diag G), so that directions never seen in calibration keep a metric
 
 
@@ -57,18 +58,25 @@ def best_factors(site: Site) -> Factors:
     rows <= columns:  W G W^T = P diag(s^2) P^T,  U = P,  V = P^T W   (U V projects W's outputs; not even S is needed)
     otherwise:        S^T W^T p W S = Q diag(s^2) Q^T,  U = W S Q,  V = Q^T S^-1
     """
-    w, metric, row_weight = site.weight.double(), rounding_metric(site).columns, site.statistics.row_weight
-    if row_weight is None and len(w) <= w.shape[1]:
+    metric, row_weight = rounding_metric(site).columns, site.statistics.row_weight
+    if row_weight is None and site.rows <= site.columns:
+        w = site.weight.double()
         squares, p = torch.linalg.eigh(w @ w.T if metric is None else w @ metric @ w.T)
         p = p.flip(1)
         return Factors(p, p.T @ w, squares.clamp_min(0).flip(0))
-    chol = None if metric is None else torch.linalg.cholesky(damped(metric, DAMPING))
-    ws = w if chol is None else w @ chol
-    weighted = ws if row_weight is None else ws * row_weight.unsqueeze(1)
-    squares, q = torch.linalg.eigh(ws.T @ weighted)
+    identity = torch.eye(site.columns, dtype=torch.float64)
+    chol = identity if metric is None else torch.linalg.cholesky(damped(metric, DAMPING))
+    weights = torch.ones(site.rows, dtype=torch.float64) if row_weight is None else row_weight
+    gram = torch.zeros_like(chol)
+    parts = torch.split(site.weight, ROW_CHUNK)  # a vocabulary in float64 is too much at once
+    for part, p in zip(parts, torch.split(weights, ROW_CHUNK)):
+        ws = part.double() @ chol
+        gram += ws.T @ (ws * p.unsqueeze(1))
+    squares, q = torch.linalg.eigh(gram)
     q = q.flip(1)
-    v = q.T if chol is None else torch.linalg.solve_triangular(chol, q.T, upper=False, left=False)
-    return Factors(ws @ q, v, squares.clamp_min(0).flip(0))
+    v = torch.linalg.solve_triangular(chol, q.T, upper=False, left=False)
+    u = torch.cat([part.double() @ (chol @ q) for part in parts])
+    return Factors(u, v, squares.clamp_min(0).flip(0))
 
 
 def _input_metric(site: Site) -> Metric:
@@ -113,6 +121,9 @@ class LowRank(Structure):
     def error_bound(self, site: Site) -> float:
         squares = site.analysis(best_factors).squares
         total = float(squares.sum())
+        mean = site.statistics.mean
+        if site.correctable and mean is not None:  # G leaves out what a bias absorbs; the output does not
+            total += float((site.weight.double() @ mean).square().sum())
         return float(squares[self.rank :].sum()) / total if total > 0 else 0.0
 
     def unstored(self, site: Site) -> Tensor:

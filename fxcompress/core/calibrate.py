@@ -173,6 +173,7 @@ class _Observer(fx.Interpreter):
         self, gm: SignedModule, sites: Sequence[Site], moments: dict[str, Moment], counts: dict[str, Tensor]
     ) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # torch would add the graph to our messages
         uses = [(site, use) for site in sites for use in site.uses]
         self.linear = {use.x.name: site for site, use in uses if use.kind == "linear"}
         self.lookup = {use.x.name: site for site, use in uses if use.kind == "embedding"}
@@ -198,10 +199,11 @@ class _Observer(fx.Interpreter):
         if n.name in self.lookup:
             ids = value if self.mask is None or value.shape != self.mask.shape else value[self.mask.bool()]
             rows = self.lookup[n.name].rows
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+            outside = ids[(ids < 0) | (ids >= rows)]
+            if outside.numel():
                 raise CalibrationError(
-                    f"calibration batch {self.index} looks up id {int(ids.max())} in {self.lookup[n.name].name}, "
-                    f"which has {rows} rows."
+                    f"calibration batch {self.index} reads id {int(outside[0])} of {self.lookup[n.name].name}, which "
+                    f"has {rows} rows."
                 )
             seen = torch.bincount(ids.reshape(-1), minlength=rows).double()
             self.counts[n.name] = self.counts.get(n.name, 0) + seen

@@ -27,6 +27,8 @@ from fxcompress.core.site import Site
 
 T = TypeVar("T")
 
+CENTRED_FLOOR = 1e-6  # of mean(diag H): what summing x x^T batch by batch in float32 leaves uncertain
+
 
 @dataclass(frozen=True, eq=False)
 class Metric:
@@ -56,7 +58,9 @@ def _rounding_metric(site: Site) -> Metric:
     if s.second_moment is None:
         return Metric(s.column_metric, s.row_weight)
     if site.correctable and s.mean is not None:
-        return Metric(s.second_moment - torch.outer(s.mean, s.mean), s.row_weight)
+        # Inputs that hardly vary ([CLS] before any attention) leave a difference of equals, not even positive definite.
+        floor = CENTRED_FLOOR * s.second_moment.diagonal().mean() * torch.eye(site.columns, dtype=torch.float64)
+        return Metric(s.second_moment - torch.outer(s.mean, s.mean) + floor, s.row_weight)
     return Metric(s.second_moment, s.row_weight)
 
 
@@ -82,13 +86,13 @@ class _Judge(NamedTuple):
 
 
 def _judge(site: Site) -> _Judge:
-    w, s = site.weight.double(), site.statistics
+    w, s = site.weight.float(), site.statistics
     if s.second_moment is None and s.row_weight is None:
         return _Judge(None, _signal(w, None), None, None, None)
     moment = s.second_moment if s.check is None else s.check[0]
     metric, signal = (None, None) if moment is None else (_judging_metric(site), _signal(w, moment))
     root = None if s.row_weight is None else s.row_weight.sqrt().unsqueeze(1)
-    row_signal = None if root is None else _signal(w * root, s.column_metric)
+    row_signal = None if root is None else _signal(w * root.float(), s.column_metric)
     return _Judge(metric, signal, root, s.column_metric, row_signal)
 
 

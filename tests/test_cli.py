@@ -1,0 +1,85 @@
+"""The command line, run as a user runs it: exit status, stdout, stderr, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+import fxcompress
+from fxcompress.cli import main
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(120))]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=len(WORDS)
+    )
+    BertModel(config).eval().save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    lines = [" ".join(f"word{(i * j) % 120}" for j in range(3, 9 + i % 5)) for i in range(40)]
+    (folder / "texts.txt").write_text("\n".join(lines))
+    return folder
+
+
+def test_compress_then_inspect(bert: Path, tmp_path: Path, capsys):
+    out = tmp_path / "small"
+    texts = str(bert / "texts.txt")
+    assert main(["compress", str(bert), "--budget", "2x", "--calibration", texts, "--out", str(out), "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert f"written to {out}" in printed.out
+    assert "predicted" in printed.out
+    assert main(["inspect", str(out)]) == 0
+    assert "of model loss" in capsys.readouterr().out
+    assert main(["inspect", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    assert told["report"]["measured_bytes"] == size
+    assert fxcompress.load(out)(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state.shape == (1, 4, 32)
+
+
+def test_plan_writes_no_model_and_its_saved_plan_can_be_carried_out(bert: Path, tmp_path: Path, capsys):
+    saved = tmp_path / "plan.json"
+    texts = str(bert / "texts.txt")
+    common = ["--calibration", texts, "--quiet"]
+    assert main(["plan", str(bert), "--budget", "2x", "--save", str(saved), "--json", *common]) == 0
+    assert json.loads(capsys.readouterr().out)["budget"]["size"] == "2x"
+    assert [f.name for f in tmp_path.iterdir()] == ["plan.json"]
+    assert main(["compress", str(bert), "--plan", str(saved), "--out", str(tmp_path / "m"), *common]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["compress", "{bert}", "--budget", "fast", "--out", "{tmp}/m"], "'fast' is not understood"),
+        (["compress", "{tmp}/nothing", "--out", "{tmp}/m"], "holds no config.json"),
+        (["compress", "{bert}", "--calibration", "{tmp}/no.txt", "--out", "{tmp}/m"], "does not exist"),
+        (["compress", "{bert}", "--out", "{bert}"], "exists already"),
+        (["plan", "{bert}", "--rewrites", "magic"], "unknown rewrite 'magic'"),
+        (["inspect", "{bert}"], "is no fxcompress checkpoint"),
+        (["inspect", "{tmp}/nothing"], "is no folder"),
+    ],
+)
+def test_every_failure_is_one_line_on_stderr_and_a_status_of_1(
+    arguments, complaint, bert: Path, tmp_path: Path, capsys
+):
+    assert main([a.format(bert=bert, tmp=tmp_path) for a in arguments]) == 1
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert printed.out == ""
+    assert not (tmp_path / "m").exists()
+
+
+def test_no_calibration_is_said(bert: Path, tmp_path: Path, capsys):
+    assert main(["compress", str(bert), "--budget", "2x", "--out", str(tmp_path / "m"), "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert "no --calibration" in printed.err
+    assert "for want of calibration data" in printed.out
