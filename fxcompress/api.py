@@ -99,7 +99,7 @@ def price(
     original: SignedModule, rewrites: Sequence[type[Rewrite]], known: Calibration, budget: Budget, progress: bool
 ) -> Plan:
     """Every candidate of every site, and the best choice of them under `budget`."""
-    sites = _sites(original, known)
+    sites = find_sites(original)
     as_it_is = budget.size_bytes(100) == 100 and budget.error is None and budget.flops is None
     candidates, refusals = propose(original, sites, () if as_it_is else rewrites, known, budget, progress)
     total = stored_bytes(original)
@@ -166,7 +166,7 @@ def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: B
 def _rewrite(original: SignedModule, known: Calibration, plan: Plan) -> tuple[SignedModule, list[SiteReport]]:
     """A copy of the graph with every choice of the plan carried out."""
     work = original.copy()
-    sites = {s.name: s for s in _sites(work, known)}
+    sites = {s.name: s for s in find_sites(work)}
     _check_fit(plan, sites)
     reports = []
     for choice in plan.choices:
@@ -174,6 +174,7 @@ def _rewrite(original: SignedModule, known: Calibration, plan: Plan) -> tuple[Si
         if choice.spec == KEEP:
             reports.append(SiteReport(site.name, KEEP, choice.bytes, site.dense_bytes, 0.0, 0.0))
             continue
+        site = known.informed(site)
         made = parse(choice.spec, REWRITES).make(site)
         stored = sum(t.numel() * t.element_size() for t in made.tensors.values())
         error = local_error(site, made.weight) ** 0.5
@@ -212,10 +213,6 @@ def _observe(
         return original, calibrate(original, find_sites(original), batches, progress)
     call = bind_batch(original, example, 0)
     return original, Calibration(held_out=[call], examples=1, calibrated=False, has_held_out=False)
-
-
-def _sites(gm: SignedModule, known: Calibration) -> list[Site]:
-    return [replace(s, statistics=known.statistics(s), _analyses={}) for s in find_sites(gm)]
 
 
 def _kind(gm: SignedModule, known: Calibration) -> Kind:

@@ -139,12 +139,13 @@ def _files(gm: SignedModule) -> dict[str, bytes]:
     manifest = {
         "format": FORMAT,
         "torch": torch.__version__,
-        "files": {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()},
+        "files": {n: {"bytes": len(c), "sha256": _sha256(c)} for n, c in files.items()},
         "aliases": aliases,
         "signature": gm.signature.to_json(),
         "measured_bytes": f"{gm.meta['report'].measured_bytes:015d}",
     }
-    return {**files, MANIFEST: json.dumps(manifest).encode()}
+    own = {"sha256": _sha256(json.dumps(manifest).encode())}
+    return {**files, MANIFEST: json.dumps({**manifest, **own}).encode()}
 
 
 def _plan_text(plan: Plan, report: Report) -> bytes:
@@ -237,11 +238,17 @@ def _manifest(source: Path) -> dict[str, Any]:
         assert isinstance(manifest, dict)
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {manifest['format']!r}; this version reads format {FORMAT}.")
+        stated = manifest.pop("sha256")
+        assert _sha256(json.dumps(manifest).encode()) == stated
         assert set(manifest["files"]) == {TENSORS, GRAPH, PLAN}
         assert {"aliases", "signature", "measured_bytes"} <= set(manifest)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{path} is damaged; compress the model again or restore the file.") from error
     return manifest
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _checked(source: Path, name: str, entry: Mapping[str, Any]) -> bytes:
@@ -256,7 +263,7 @@ def _checked(source: Path, name: str, entry: Mapping[str, Any]) -> bytes:
             f"{source / name} has {len(content)} bytes where {entry['bytes']} were written: "
             "it is truncated; restore it."
         )
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+    if _sha256(content) != entry["sha256"]:
         raise CheckpointError(f"{source / name} was changed after it was written (SHA-256 differs); restore it.")
     return content
 

@@ -75,7 +75,8 @@ def best_factors(site: Site) -> Factors:
     squares, q = torch.linalg.eigh(gram)
     q = q.flip(1)
     v = torch.linalg.solve_triangular(chol, q.T, upper=False, left=False)
-    u = torch.cat([part.double() @ (chol @ q) for part in parts])
+    kept = torch.float64 if len(parts) == 1 else torch.float32
+    u = torch.cat([(part.double() @ (chol @ q)).to(kept) for part in parts])
     return Factors(u, v, squares.clamp_min(0).flip(0))
 
 
@@ -128,7 +129,7 @@ class LowRank(Structure):
 
     def unstored(self, site: Site) -> Tensor:
         best = site.analysis(best_factors)
-        return best.u[:, : self.rank] @ best.v[: self.rank]
+        return best.u[:, : self.rank] @ best.v[: self.rank].to(best.u.dtype)
 
     def factor(self, site: Site, store: Store) -> Tensor:
         most = min(site.rows, site.columns)

@@ -56,6 +56,7 @@ def propose(
     candidates: list[Candidate] = []
     refusals: list[tuple[str, str, str]] = []
     for site in tqdm(sites, "propose", unit="site", disable=not progress, leave=False):
+        site = calibration.informed(site)
         trials, refused = trials_of(site, rewrites, budget)
         kappas = _probe(prober, site, trials)
         candidates.append(_candidate(site, Recipe(), 0.0, 0.0, sizes))

@@ -27,7 +27,7 @@ from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
 from fxcompress.passes import rounding
-from fxcompress.passes.rounding import Grid
+from fxcompress.passes.rounding import Rounded
 
 GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row
 TRIED = ((2, 0), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 0))
@@ -77,8 +77,11 @@ class Quantize(Storage):
         """All settings are rounded in one pass."""
         if is_table(site):
             tables = site.analysis(rounded_table)
-            return {q: local_error(site, tables[q]) for q in cls.space(site)}
-        return {q: local_error(site, w) for q, w in rounded(site.weight, rounding_metric(site), [*cls.space(site)])}
+            return {q: local_error(site, tables[q].read()) for q in cls.space(site)}
+        settings = [*cls.space(site)]
+        x = site.weight.float().T.contiguous()
+        made = _round(x, rounding_metric(site), settings)
+        return {q: local_error(site, r.read()) for q, r in zip(settings, made)}
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         return stored_bytes(rows, columns, self.bits, self.group(columns))
@@ -86,7 +89,7 @@ class Quantize(Storage):
     def encode(self, matrix: Tensor, metric: Metric) -> dict[str, Tensor]:
         """codes (rows, packed), scales (rows, groups), zeros (rows, groups / 2) uint8, grid (2,) float32."""
         x = matrix.float().T.contiguous()
-        codes, grid = _round(x, metric, [self])[0]
+        ((codes, grid, _),) = _round(x, metric, [self])
         return {
             "codes": pack(codes.T.contiguous(), self.bits),
             "scales": grid.scale_codes.T.contiguous(),
@@ -126,20 +129,15 @@ def is_table(site: Site) -> bool:
     return site.rows >= LARGE_TABLE and site.kind != "linear"
 
 
-def rounded_table(site: Site) -> dict[Quantize, Tensor]:
+def rounded_table(site: Site) -> dict[Quantize, Rounded]:
     """The table at each setting tried, kept in the site's analysis: row tiers are put together from the same."""
-    return dict(rounded(site.weight, rounding_metric(site), [Quantize(b, g) for b, g in TRIED_ON_TABLES]))
+    settings = [Quantize(b, g) for b, g in TRIED_ON_TABLES]
+    x = site.weight.float().T.contiguous()
+    return dict(zip(settings, _round(x, rounding_metric(site), settings)))
 
 
-def rounded(weight: Tensor, metric: Metric, settings: list[Quantize]) -> Iterator[tuple[Quantize, Tensor]]:
-    """(setting, the weight as it would be read back), one after the other."""
-    x = weight.float().T.contiguous()
-    for q, (codes, grid) in zip(settings, _round(x, metric, settings)):
-        yield q, rounding.read_back(codes.float(), grid, q.group(len(x)) or len(x)).T
-
-
-def _round(x: Tensor, metric: Metric, settings: list[Quantize]) -> list[tuple[Tensor, Grid]]:
-    """-> [(uint8 codes (columns, rows), grid)], in the order of `settings`."""
+def _round(x: Tensor, metric: Metric, settings: list[Quantize]) -> list[Rounded]:
+    """X (columns, rows) at every setting, in their order."""
     columns, curve = len(x), metric.analysis(rounding.curvature)
     importance = None if metric.columns is None else metric.columns.diagonal()
     groups = [q.group(columns) or columns for q in settings]
@@ -149,7 +147,7 @@ def _round(x: Tensor, metric: Metric, settings: list[Quantize]) -> list[tuple[Te
     if curve is not None and fed:
         picked = [grids[i] for i in fed], [settings[i].bits for i in fed], [groups[i] for i in fed]
         done = dict(zip(fed, rounding.round_with(x, *picked, curve)))
-    return [
-        done[i] if i in done else (rounding.nearest(x, grids[i], q.bits, groups[i]).to(torch.uint8), grids[i])
-        for i, q in enumerate(settings)
-    ]
+    for i, q in enumerate(settings):
+        if i not in done:
+            done[i] = (rounding.nearest(x, grids[i], q.bits, groups[i]), grids[i])
+    return [Rounded(*done[i], groups[i]) for i in range(len(settings))]

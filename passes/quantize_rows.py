@@ -31,6 +31,7 @@ from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
 from fxcompress.passes.quantize import LARGE_TABLE, Quantize, is_table, rounded_table
+from fxcompress.passes.rounding import Rounded
 
 TIERS = (Quantize(8, 0), Quantize(4, 64), Quantize(3, 128), Quantize(2, 0))
 PRICES = 24
@@ -129,14 +130,14 @@ class QuantizeRows(Storage):
         return total
 
     def _assemble(self, tables: _Tables, order: Tensor) -> Tensor:
-        table = torch.empty_like(tables.rounded[0])
+        table = torch.empty(tables.rounded[0].codes.shape[::-1])
         for part, rounded_at in zip(torch.split(order, list(self.counts)), tables.rounded):
-            table[part] = rounded_at[part]
+            table[part] = rounded_at.read()[part]
         return table
 
 
 class _Tables(NamedTuple):
-    rounded: list[Tensor]  # the whole table at each tier (rows, columns)
+    rounded: list[Rounded]  # the whole table at each tier
     errors: Tensor  # (tiers, rows): p_r e_r(tier)
 
 
@@ -146,7 +147,7 @@ def _tables(site: Site) -> _Tables:
     tables = [made[t] for t in TIERS]
     w = site.weight.float()
     assert metric.rows is not None
-    errors = torch.stack([_row_energies(w - t, metric) * metric.rows.float() for t in tables])
+    errors = torch.stack([_row_energies(w - t.read(), metric) * metric.rows.float() for t in tables])
     return _Tables(tables, errors)
 
 

@@ -41,6 +41,23 @@ class Grid(NamedTuple):
     step: float
 
 
+class Rounded(NamedTuple):
+    """A matrix as codes: a quarter of the bytes of the weight it reads back as."""
+
+    codes: Tensor  # uint8 (columns, rows)
+    grid: Grid
+    group: int
+
+    def read(self) -> Tensor:
+        """w' (rows, columns) float32, chunk by chunk of rows."""
+        table = torch.empty(self.codes.shape[1], self.codes.shape[0])
+        for start in range(0, len(table), ROW_CHUNK):
+            rows = slice(start, start + ROW_CHUNK)
+            cut = self.grid._replace(scale=self.grid.scale[:, rows], zero=self.grid.zero[:, rows])
+            table[rows] = read_back(self.codes[:, rows].float(), cut, self.group).T
+        return table
+
+
 class Curvature(NamedTuple):
     """What steps 2-4 need of G: damped (columns, columns) float32, U of the ordered inverse, the order."""
 
@@ -89,9 +106,9 @@ def snap(scale: Tensor, zero: Tensor, bits: int) -> Grid:
 
 
 def nearest(x: Tensor, grid: Grid, bits: int, group: int) -> Tensor:
-    """Codes (columns, rows) float32 of plain rounding."""
+    """Codes (columns, rows) uint8 of plain rounding."""
     scale, zero = spread(grid, group, len(x))
-    return (x / scale + zero).round().clamp(0, 2**bits - 1)
+    return (x / scale).add_(zero).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def spread(grid: Grid, group: int, columns: int) -> tuple[Tensor, Tensor]:

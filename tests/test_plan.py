@@ -69,9 +69,6 @@ def test_the_table_names_every_site_with_its_shape_rewrite_and_bytes(plan):
     assert any(row.startswith("everything else") for row in lines)
     ratio = plan.original_bytes / plan.predicted_bytes
     assert f"({ratio:.2f}x), predicted relative output error {plan.predicted_error:.4g}, optimal within" in text
-    assert all(
-        len(line) == len(line.rstrip()) or line.startswith(("everything", "-")) for line in lines if not line.strip()
-    )
 
 
 def test_the_plan_meets_the_size_and_the_report_agrees(compiled, plan):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ class Calibration:
     @property
     def held_out_examples(self) -> int:
         return sum(_examples(call) for call in self.held_out)
+
+    def informed(self, site: Site) -> Site:
+        """The site with what was seen at it; made when its turn comes: the moments of all at once are large."""
+        return replace(site, statistics=self.statistics(site), _analyses={})
 
     def statistics(self, site: Site) -> Statistics:
         """What was seen at `site`; uses that saw nothing add nothing."""
