@@ -109,7 +109,7 @@ def price(
         candidates=tuple(candidates),
         refusals=tuple(refusals),
         budget=budget,
-        original_bytes=total,
+        original_bytes=original.meta["original_bytes"],
         fixed_bytes=total - sum(s.dense_bytes for s in sites),
         kind=_kind(original, known),
         calibrated=known.calibrated,

@@ -3,8 +3,7 @@
     w' = s (q - z)        stored: bits + 12 / group_size bits a weight (fxcompress.codegen.ops.dequantize)
 
 The rounding minimises the error in the metric of the site's inputs (fxcompress.passes.rounding): error feedback where
-calibration gave a metric, MSE-optimal scales and zeros where it did not. 8 bits are rounded to nearest: what is left is
-a thousandth.
+calibration gave a metric, MSE-optimal scales and zeros where it did not.
 
 Papers: Frantar et al., GPTQ, ICLR 2023 (arXiv 2210.17323); Badri & Shaji, HQQ, 2023 (zeros and scales by optimisation,
 no data); Behdin et al., QuantEase (arXiv 2309.01885); blockwise scales for every tensor: BCT (arXiv 2304.01483).
@@ -142,12 +141,7 @@ def _round(x: Tensor, metric: Metric, settings: list[Quantize]) -> list[Rounded]
     importance = None if metric.columns is None else metric.columns.diagonal()
     groups = [q.group(columns) or columns for q in settings]
     grids = [rounding.fit(x, q.bits, g, importance) for q, g in zip(settings, groups)]
-    fed = [i for i, q in enumerate(settings) if q.bits != 8] if curve is not None else []
-    done = {}
-    if curve is not None and fed:
-        picked = [grids[i] for i in fed], [settings[i].bits for i in fed], [groups[i] for i in fed]
-        done = dict(zip(fed, rounding.round_with(x, *picked, curve)))
-    for i, q in enumerate(settings):
-        if i not in done:
-            done[i] = (rounding.nearest(x, grids[i], q.bits, groups[i]), grids[i])
-    return [Rounded(*done[i], groups[i]) for i in range(len(settings))]
+    bits = [q.bits for q in settings]
+    if curve is None:
+        return [Rounded(rounding.nearest(x, g, b, n), g, n) for g, b, n in zip(grids, bits, groups)]
+    return [Rounded(*done, n) for done, n in zip(rounding.round_with(x, grids, bits, groups, curve), groups)]

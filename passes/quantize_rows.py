@@ -31,7 +31,7 @@ from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
 from fxcompress.passes.quantize import LARGE_TABLE, Quantize, is_table, rounded_table
-from fxcompress.passes.rounding import Rounded
+from fxcompress.passes.rounding import ROW_CHUNK, Rounded
 
 TIERS = (Quantize(8, 0), Quantize(4, 64), Quantize(3, 128), Quantize(2, 0))
 PRICES = 24
@@ -172,7 +172,10 @@ def _order(matrix: Tensor, metric: Metric) -> Tensor:
 
 def _row_energies(a: Tensor, metric: Metric) -> Tensor:
     """a_r M a_r^T (rows,) float32."""
-    return a.square().sum(1) if metric.columns is None else ((a @ metric.columns.float()) * a).sum(1)
+    if metric.columns is None:
+        return a.square().sum(1)
+    columns = metric.columns.float()
+    return torch.cat([((part @ columns) * part).sum(1) for part in torch.split(a, ROW_CHUNK)])
 
 
 def _arguments(tensors: Mapping[str, Tensor] | Mapping[str, fx.Node], like: Tensor) -> tuple[Any, ...]:

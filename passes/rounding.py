@@ -23,8 +23,10 @@ from torch import Tensor
 DAMPING = 0.1  # of mean(diag G): a hundred sentences say little about the smallest directions of 1536
 SCALE_LEVELS = 255
 SCALE_OCTAVES = 16.0  # scales below 2^-16 of the largest are rounded up to it; what they hold does not matter
-_STARTS = (1.0, 0.75)  # shares of the group's range
-_SYMMETRIC_STARTS = (0.65, 0.45, 0.33)  # shares of twice its largest magnitude, around the grid's middle
+# Shares of the group's range, and of twice its largest magnitude around the grid's middle.
+_STARTS = ((1.0, 0.75), (0.65, 0.45, 0.33))
+# Nothing is worth clipping at 8 bits, and zeros fall on sixteenths of the range: some room is needed for that.
+_STARTS_AT_8_BITS = ((1.07, 1.0), (0.5,))
 _LLOYD_STEPS = 2
 _BLOCK = 32
 ROW_CHUNK = 8192  # rows worked on at once: bounds memory at a few times 8192 columns floats
@@ -107,8 +109,12 @@ def snap(scale: Tensor, zero: Tensor, bits: int) -> Grid:
 
 def nearest(x: Tensor, grid: Grid, bits: int, group: int) -> Tensor:
     """Codes (columns, rows) uint8 of plain rounding."""
-    scale, zero = spread(grid, group, len(x))
-    return (x / scale).add_(zero).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    for start in range(0, x.shape[1], ROW_CHUNK):
+        rows = slice(start, start + ROW_CHUNK)
+        scale, zero = spread(grid._replace(scale=grid.scale[:, rows], zero=grid.zero[:, rows]), group, len(x))
+        codes[:, rows] = (x[:, rows] / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
+    return codes
 
 
 def spread(grid: Grid, group: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -228,6 +234,7 @@ _Tried = tuple[Tensor, Tensor, Tensor, Tensor]  # scale, zero, error (groups, ro
 def _search(x: Tensor, bits: int, group: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Best scale, zero (groups, rows) of a few starting ranges; then Lloyd steps: fit the line q -> w, round again."""
     top, middle, tiny = 2**bits - 1, (2**bits - 1) / 2, 1e-12
+    ranges, symmetric = _STARTS_AT_8_BITS if bits == 8 else _STARTS
     v = _grouped(x, group)  # (groups, group, rows)
     ones = torch.ones(len(x)) if importance is None else importance.float() + DAMPING * importance.float().mean()
     weight = _grouped((ones / ones.mean().clamp_min(tiny)).unsqueeze(1), group)  # (groups, group, 1), 0 on the padding
@@ -244,9 +251,9 @@ def _search(x: Tensor, bits: int, group: int, importance: Tensor | None) -> tupl
     low, high = v.amin(1).clamp_max(0), v.amax(1).clamp_min(0)
     reach = torch.maximum(-low, high).clamp_min(tiny)
     starts = [
-        (s := ((high - low) * share / top).clamp_min(tiny), snapped(middle - (high + low) / 2 / s)) for share in _STARTS
+        (s := ((high - low) * share / top).clamp_min(tiny), snapped(middle - (high + low) / 2 / s)) for share in ranges
     ]
-    starts += [(reach * 2 * share / top, torch.full_like(reach, middle)) for share in _SYMMETRIC_STARTS]
+    starts += [(reach * 2 * share / top, torch.full_like(reach, middle)) for share in symmetric]
     best = (*starts[0], *rounded(*starts[0]))
     for start in starts[1:]:
         best = _better(best, (*start, *rounded(*start)))

@@ -1,6 +1,6 @@
 """What flows through each site, streamed: memory holds the statistics and one batch, never all activations.
 
-    linear sites      H = E[x x^T],  mu = E[x]    over tokens, in float64; sites of one input share a pair (Q, K, V)
+    linear sites      H = E[x x^T],  mu = E[x]    over tokens; sites of one input share a pair (Q, K, V)
     embedding sites   p_r                         how often row r will be read, smoothed from how often it was
                                                   (`row_probabilities`)
                       M = E[g g^T]                g the gradient of the model's loss at the looked-up row, a few batches
@@ -47,11 +47,11 @@ class Moment:
 
     count: int = 0
     total: Tensor | None = None  # (in,) float64
-    second: Tensor | None = None  # (in, in) float64
+    second: Tensor | None = None  # (in, in) float32: half the memory, and CENTRED_FLOOR covers what it rounds off
 
     def add(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
-        second, total = (x.T @ x).double(), x.sum(0, dtype=torch.float64)
+        second, total = x.T @ x, x.sum(0, dtype=torch.float64)
         self.second = second if self.second is None else self.second.add_(second)
         self.total = total if self.total is None else self.total.add_(total)
         self.count += len(x)
@@ -96,7 +96,7 @@ def _pooled(moments: dict[str, Moment], site: Site) -> tuple[Tensor, Tensor] | N
     if not count:
         return None
     second, total = (
-        torch.stack([t for m in seen if (t := getattr(m, name)) is not None]).sum(0) for name in ("second", "total")
+        torch.stack([t for m in seen if (t := getattr(m, name)) is not None]).double().sum(0) for name in ("second", "total")
     )
     return second / count, total / count
 

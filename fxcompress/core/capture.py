@@ -48,6 +48,7 @@ def capture(model: nn.Module, inputs: Inputs) -> SignedModule:
             raise CaptureError(_explain(model, error)) from error
     gm = unlift(program)
     order = tuple(inspect.signature(model.forward).parameters)
+    gm.meta["original_bytes"] = _state_bytes(model)
     gm.meta["signature"] = Signature.of(gm, program.range_constraints, order, pytree.tree_leaves((args, kwargs)))
     _refuse_data_dependent_outputs(model, gm)
     return gm
@@ -195,6 +196,12 @@ def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
     kind = type(output)
     if dataclasses.is_dataclass(output) and kind not in pytree.SUPPORTED_NODES:
         torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _state_bytes(model: nn.Module) -> int:
+    """Bytes of the distinct tensors of the model's state_dict: what its own checkpoint holds."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _refuse_data_dependent_outputs(model: nn.Module, gm: fx.GraphModule) -> None:

@@ -27,6 +27,7 @@ from fxcompress.core.site import Site
 
 T = TypeVar("T")
 
+ROW_CHUNK = 4096  # rows of a vocabulary taken at once
 CENTRED_FLOOR = 1e-6  # of mean(diag H): what summing x x^T batch by batch in float32 leaves uncertain
 
 
@@ -119,8 +120,10 @@ def _energy(a: Tensor, metric: Tensor | None) -> float:
     """tr(A G A^T); the products in float32, which costs a millionth and halves the time, the sum in float64."""
     if metric is None:
         return float(a.square().sum(dtype=torch.float64))
-    a = a.float()
-    return max(0.0, float(((a @ metric.float()) * a).sum(dtype=torch.float64)))
+    metric, total = metric.float(), 0.0
+    for part in torch.split(a.float(), ROW_CHUNK):
+        total += float(((part @ metric) * part).sum(dtype=torch.float64))
+    return max(0.0, total)
 
 
 def _signal(w: Tensor, metric: Tensor | None) -> float:
