@@ -109,7 +109,6 @@ def refuse_existing(target: Path) -> None:
 def attach(gm: SignedModule, signature: Signature, plan: Plan, report: Report) -> SignedModule:
     """Give a graph its plan and report, and the call checks."""
     gm.meta.update(signature=signature, plan=plan, report=report)
-    gm.plan, gm.report = plan, report  # type: ignore[assignment]
     return gm
 
 

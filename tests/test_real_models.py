@@ -19,7 +19,7 @@ from fxcompress.core.verify import compare
 
 
 def test_stories260k_at_4x_loses_less_than_two_hundredths_of_a_nat(data, tmp_path: Path):
-    model = stories.model()
+    model = data(stories.model)
     batches = [{"input_ids": ids} for ids in stories.batches(readers.tinystories(60_000, 200_000))][:16]
     loaded = through_disk(fxcompress.compile(model, "4x", calibration=batches, progress=False), tmp_path)
     assert on_disk(tmp_path / "m") <= stories_bytes(model) / 4
@@ -27,13 +27,14 @@ def test_stories260k_at_4x_loses_less_than_two_hundredths_of_a_nat(data, tmp_pat
 
 
 def test_vit_mnist_at_4x_keeps_its_accuracy(data, tmp_path: Path):
-    model, (images, labels) = vit_mnist.model(), readers.mnist(4000)
+    model, (images, labels) = data(vit_mnist.model), data(readers.mnist, 4000)
     batches = list(vit_mnist.normalise(images[:128]).split(16))
     loaded = through_disk(fxcompress.compile(model, "4x", calibration=batches, progress=False), tmp_path)
     assert vit_mnist.accuracy(loaded, images, labels) >= vit_mnist.accuracy(model, images, labels) - 0.003
 
 
 def test_low_rank_is_found_in_a_grokked_network_and_its_memorised_twin_gets_another_plan(data):
+    data(grokking.model)
     inputs, targets = grokking.all_sums()
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
     plans = {}
@@ -49,8 +50,8 @@ def test_low_rank_is_found_in_a_grokked_network_and_its_memorised_twin_gets_anot
 
 
 def test_minilm_at_10x_keeps_its_embeddings_and_the_prediction_holds_on_fresh_sentences(data, tmp_path: Path):
-    model = minilm.model()
-    batches = minilm.batches([text for text, _ in readers.sst2("dev")][:128])
+    model = data(minilm.model)
+    batches = minilm.batches([text for text, _ in data(readers.sst2, "dev")][:128])
     compiled = fxcompress.compile(model, "10x", calibration=batches, progress=False)
     loaded = through_disk(compiled, tmp_path)
     assert on_disk(tmp_path / "m") == compiled.report.measured_bytes <= 90_852_864 / 10

@@ -95,10 +95,10 @@ def _pooled(moments: dict[str, Moment], site: Site) -> tuple[Tensor, Tensor] | N
     count = sum(m.count for m in seen)
     if not count:
         return None
-    second, total = (
-        torch.stack([t for m in seen if (t := getattr(m, name)) is not None]).double().sum(0) for name in ("second", "total")
-    )
-    return second / count, total / count
+    sums = []
+    for name in ("second", "total"):
+        sums.append(torch.stack([t for m in seen if (t := getattr(m, name)) is not None]).double().sum(0) / count)
+    return sums[0], sums[1]
 
 
 def row_probabilities(counts: Tensor) -> Tensor:

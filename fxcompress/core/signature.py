@@ -161,6 +161,21 @@ class SignedModule(fx.GraphModule):
         found: Signature = self.meta["signature"]
         return found
 
+    @property
+    def plan(self) -> Any:
+        """What was chosen (fxcompress.Plan); on a compressed module."""
+        return self._told("plan")
+
+    @property
+    def report(self) -> Any:
+        """Predicted beside measured (fxcompress.Report); on a compressed module."""
+        return self._told("report")
+
+    def _told(self, what: str) -> Any:
+        if what not in self.meta:
+            raise AttributeError(f"a captured graph has no {what}; fxcompress.compile makes one.")
+        return self.meta[what]
+
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call of the captured sizes, all zeros: enough to trace the graph again."""
         call: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(
