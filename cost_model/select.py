@@ -11,7 +11,10 @@ Operations Research 1979.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,13 +82,14 @@ def select(sites: Sequence[Sequence[Item]], limits: Limits) -> Selection:
             unit = max(abs(bound), float(values.max(initial=0.0)), 1e-300)  # HiGHS's tolerances are absolute
             constraints.append(LinearConstraint(values[None] / unit, -np.inf, bound / unit))
     scale = _scale(columns[goal])
-    solved = milp(
-        columns[goal] / scale,
-        constraints=constraints,
-        integrality=np.ones(len(flat), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP},
-    )
+    with _quiet():
+        solved = milp(
+            columns[goal] / scale,
+            constraints=constraints,
+            integrality=np.ones(len(flat), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": GAP},
+        )
     if solved.x is None:
         raise InfeasibleBudgetError("no choice of rewrites meets every bound")
     picked = [0] * len(sites)
@@ -93,6 +97,24 @@ def select(sites: Sequence[Sequence[Item]], limits: Limits) -> Selection:
         if value > 0.5:
             picked[s] = i
     return Selection(tuple(picked), float(solved.mip_gap or 0.0))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS (in scipy 1.17) leaves a debugging printf in its MIP solver, which would end up in `--json` output."""
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError, AttributeError):  # no standard output to keep clean
+        yield
+        return
+    try:
+        with open(os.devnull, "w", encoding="ascii") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _scale(values: np.ndarray) -> float:
