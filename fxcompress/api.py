@@ -76,6 +76,8 @@ def compile(
             plan = price(original, allowed, known, wanted, progress)
         elif wanted is not None:
             plan = choose(plan, wanted)
+        if plan.calibrated and not known.calibrated:
+            log.warning("the plan was made with calibration data and is replayed without: rounding will lose more.")
         return _carry_out(original, known, plan, wanted)
 
 
