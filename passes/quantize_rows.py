@@ -3,9 +3,9 @@
     e = sum_r p_r e_r(tier_r)        bytes = sum_r bytes(tier_r) + index
 
 p_r is how often row r will be read (fxcompress.core.calibrate.row_probabilities), e_r what rounding at a tier loses
-there in the metric of the rest of the model. Language is Zipf's: 2,000 of BERT's 30,522 tokens carry nine tenths of a
-text, so most of the table can stay at 2 bits while the error is that of the widths the frequent rows have. On MiniLM,
-2.3 bits a weight in tiers loses less than half of what 2.2 bits lose everywhere.
+there in the metric of the rest of the model. Language is
+Zipf's: of BERT's 30,522 tokens the 2,000 most frequent carry 84 % of SST-2's training text, so most of the table can
+stay at 2 bits while the error is that of the widths the frequent rows have.
 
 Rows are ordered by p_r |W_r|^2_M, the loss they stand for; the first `rows8` go to 8 bits, the next `rows4` to 4, and
 so on, so the four counts say everything. `space` walks the lower convex hull: for a price lambda a byte each row takes
@@ -42,7 +42,7 @@ class QuantizeRows(Storage):
     """How many rows each width gets; the four add up to the table."""
 
     name: ClassVar[str] = "quantize_rows"
-    paper: ClassVar[str] = "doi 10.5555/3327546.3327748"
+    paper: ClassVar[str] = "Chen et al., GroupReduce, NeurIPS 2018"
     keys: ClassVar[tuple[str, ...]] = (
         "index", *(f"{part}{tier.bits}" for tier in TIERS for part in ("codes", "scales", "zeros", "grid")),
     )  # fmt: skip
