@@ -24,6 +24,7 @@ class Dense(Structure):
 
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = ""
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution")
 
     @classmethod
     def refuses(cls, site: Site) -> str | None:
@@ -36,14 +37,11 @@ class Dense(Structure):
     def shapes(self, site: Site) -> dict[str, tuple[int, int]]:
         return {"weight": (site.rows, site.columns)}
 
-    def error_bound(self, site: Site) -> float:
-        return 0.0
+    def factor(self, site: Site, store: Store) -> None:
+        store("weight", site.weight, rounding_metric(site))
 
-    def unstored(self, site: Site) -> Tensor:
-        return site.weight
-
-    def factor(self, site: Site, store: Store) -> Tensor:
-        return store("weight", site.weight, rounding_metric(site))
+    def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
+        return factors["weight"]
 
     def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
         if use.kind == "embedding":

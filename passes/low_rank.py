@@ -98,14 +98,39 @@ class LowRank(Structure):
     name: ClassVar[str] = "low_rank"
     paper: ClassVar[str] = "arXiv 2403.07378"
 
-    rank: int
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied")
+
+    rank: int | float  # a share of the break-even rank where it is below 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise SpecError(f"low_rank rank={self.rank!r} must be a whole number of at least 1.")
+        whole = isinstance(self.rank, int) and self.rank >= 1
+        if not whole and not (isinstance(self.rank, float) and 0 < self.rank < 1):
+            raise SpecError(
+                f"low_rank rank={self.rank!r} must be a whole number of at least 1, or a share of the break-even rank "
+                "between 0 and 1."
+            )
+
+    def at(self, site: Site) -> Self:
+        """A share becomes floor(share r_max), r_max = floor(out in / (out + in)) (greenformer, arXiv 2109.06762)."""
+        rank = self.rank
+        if isinstance(rank, float):
+            rank = max(1, int(rank * (site.weight.numel() // (site.rows + site.columns))))
+        resolved = type(self)(rank)
+        resolved.check(site)
+        return resolved
+
+    def check(self, site: Site) -> None:
+        most = min(site.rows, site.columns)
+        if self.rank > most:
+            raise SpecError(
+                f"low_rank{{rank={self.rank}}} at {site.name}: the weight is {site.rows} x {site.columns}, "
+                f"so rank must be 1 to {most}."
+            )
 
     @classmethod
     def refuses(cls, site: Site) -> str | None:
+        if why := cls.unserved(site):
+            return why
         if min(site.rows, site.columns) < 2:
             return f"a {site.rows} x {site.columns} weight has no rank to lose"
         return None
@@ -117,7 +142,7 @@ class LowRank(Structure):
         yield from (cls(rank) for rank in sorted({max(1, top * i // RANK_STEPS) for i in range(1, RANK_STEPS + 1)}))
 
     def shapes(self, site: Site) -> dict[str, tuple[int, int]]:
-        return {"v": (self.rank, site.columns), "u": (site.rows, self.rank)}
+        return {"v": (int(self.rank), site.columns), "u": (site.rows, int(self.rank))}
 
     def error_bound(self, site: Site) -> float:
         squares = site.analysis(best_factors).squares
@@ -131,13 +156,8 @@ class LowRank(Structure):
         best = site.analysis(best_factors)
         return best.u[:, : self.rank] @ best.v[: self.rank].to(best.u.dtype)
 
-    def factor(self, site: Site, store: Store) -> Tensor:
-        most = min(site.rows, site.columns)
-        if self.rank > most:
-            raise SpecError(
-                f"low_rank{{rank={self.rank}}} at {site.name}: the weight is {site.rows} x {site.columns}, "
-                f"so rank must be 1 to {most}."
-            )
+    def factor(self, site: Site, store: Store) -> None:
+        self.check(site)
         best = site.analysis(best_factors)
         u, v = best.u[:, : self.rank], best.v[: self.rank]
         # Split the scale evenly, so that neither factor leaves the range of float16.
@@ -146,8 +166,10 @@ class LowRank(Structure):
         stored_v = store("v", (v * balance.unsqueeze(1)).to(site.weight.dtype), site.analysis(_input_metric)).double()
         u = _refit(site.weight.double(), stored_v, metric, fallback=u / balance)
         gram = stored_v @ stored_v.T if metric is None else stored_v @ metric @ stored_v.T
-        stored_u = store("u", u.to(site.weight.dtype), Metric(gram, rounding_metric(site).rows))
-        return stored_u.double() @ stored_v
+        store("u", u.to(site.weight.dtype), Metric(gram, rounding_metric(site).rows))
+
+    def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
+        return factors["u"].double() @ factors["v"].double()
 
     def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
         if use.kind == "embedding":
@@ -160,7 +182,7 @@ class LowRank(Structure):
         )
 
     def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
-        return op.cost(tokens_of(use), rows, columns, self.rank, weight_bytes, itemsize)
+        return op.cost(tokens_of(use), rows, columns, int(self.rank), weight_bytes, itemsize)
 
 
 def _refit(w: Tensor, v: Tensor, metric: Tensor | None, fallback: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, corrected_bias
-from fxcompress.core.rewrite import Operand, Rewrite, Storage, Structure, parse_spec
+from fxcompress.core.metric import corrected_bias
+from fxcompress.core.rewrite import Operand, Rewrite, Storage, Store, Structure, key_of, parse_spec
 from fxcompress.core.site import Site, Use
 from fxcompress.core.surgery import attribute_of, replace
 from fxcompress.passes.dense import Dense
@@ -46,7 +46,8 @@ class Recipe:
         """Bytes of everything that takes the weight's place (the bias is counted elsewhere, changed or not)."""
         size = site.weight.element_size()
         shapes = self.structure.shapes(site).values()
-        return sum(self.storage.stored_bytes(r, c, size) if self.storage else r * c * size for r, c in shapes)
+        stored = sum(self.storage.stored_bytes(r, c, size) if self.storage else r * c * size for r, c in shapes)
+        return stored + self.structure.kept_bytes(site)
 
     def cost(self, site: Site) -> Cost:
         """Work of one forward: every use of the site, its weight stored once."""
@@ -55,26 +56,26 @@ class Recipe:
         total = sum(costs[1:], costs[0])
         return Cost(total.flops, total.bytes, stored, total.launches)
 
+    def at(self, site: Site) -> Recipe:
+        """The recipe with shares made counts at `site`. Raises `SpecError` where its parameters do not fit there."""
+        return Recipe(self.structure.at(site), None if self.storage is None else self.storage.at(site))
+
     def make(self, site: Site) -> Made:
         """Compute the tensors. Deterministic: the same site gives the same bits."""
-        tensors: dict[str, Tensor] = {}
-        likes: dict[str, Tensor] = {}
-
-        def store(name: str, matrix: Tensor, metric: Metric) -> Tensor:
-            likes[name] = torch.empty_like(matrix, device="meta")
-            if self.storage is None:
-                tensors[name] = matrix.contiguous()
-                return matrix
-            encoded = self.storage.encode(matrix, metric)
-            tensors.update({_key(name, key): tensor for key, tensor in encoded.items()})
-            return self.storage.decode(encoded, matrix)
-
-        weight = self.structure.factor(site, store).to(site.weight.dtype)
+        store = Store(self.storage)
+        self.structure.factor(site, store)
+        weight = self.structure.dense(store.read, site).to(site.weight.dtype)
         bias_node = site.uses[0].bias
         bias = None
         if bias_node is not None and site.correctable and site.statistics.mean is not None:
             bias = corrected_bias(site, weight, attribute_of(bias_node))
-        return Made(self, tensors, likes, weight, bias)
+        return Made(self, store, weight, bias)
+
+    def draw(self, site: Site, generator: torch.Generator) -> Made:
+        """A random start of the same shapes, for training from scratch."""
+        store = Store(self.storage)
+        self.structure.draw(site, generator, store)
+        return Made(self, store, self.structure.dense(store.read, site).to(site.weight.dtype), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +83,14 @@ class Made:
     """A recipe carried out at one site."""
 
     recipe: Recipe
-    tensors: dict[str, Tensor]  # by attribute name
-    likes: dict[str, Tensor]  # shape and dtype of each matrix, on meta
+    store: Store
     weight: Tensor  # the dense weight it amounts to (rows, columns)
     bias: Tensor | None  # the bias that absorbs the mean of the error, where there is one
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What takes the weight's place, by attribute name."""
+        return self.store.tensors
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         """Put it into the graph in place of the site's weight."""
@@ -93,17 +98,19 @@ class Made:
         replace(gm, site, tensors, self._emit, str(self.recipe))
 
     def _emit(self, graph: fx.Graph, use: Use, reads: Mapping[str, fx.Node]) -> fx.Node:
-        operands = {name: self._operand(graph, name, like, reads) for name, like in self.likes.items()}
+        names = [*self.store.likes, *sorted(self.store.kept)]
+        operands = {name: self._operand(graph, name, reads) for name in names}
         return self.recipe.structure.emit(graph, use, operands, reads.get("bias", use.bias))
 
-    def _operand(self, graph: fx.Graph, name: str, like: Tensor, reads: Mapping[str, fx.Node]) -> Operand:
+    def _operand(self, graph: fx.Graph, name: str, reads: Mapping[str, fx.Node]) -> Operand:
         storage = self.recipe.storage
-        if storage is None:
+        if storage is None or name in self.store.kept:
             return Operand(
                 lambda: reads[name],
                 lambda ids: graph.call_function(torch.ops.aten.embedding.default, (reads[name], ids)),
             )
-        mine = {key: reads[_key(name, key)] for key in storage.keys}
+        like = self.store.likes[name]
+        mine = {key: reads[key_of(name, key)] for key in storage.keys}
         return Operand(lambda: storage.read(graph, mine, like), lambda ids: storage.lookup(graph, mine, like, ids))
 
 
@@ -125,8 +132,3 @@ def parse(text: str, known: Iterable[type[Rewrite]]) -> Recipe:
                 "as in 'low_rank{rank=80} | quantize{bits=4, group_size=64}'."
             )
     return Recipe(structure or Dense(), storage)
-
-
-def _key(matrix: str, part: str) -> str:
-    """Attribute name of one tensor of one matrix: "codes" of the weight itself, "u_codes" of a factor."""
-    return part if matrix == "weight" else f"{matrix}_{part}"

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,28 @@ def low_rank_linear(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None)
 @low_rank_linear.register_fake
 def _(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], u.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, v, u, _ = inputs
+    ctx.save_for_backward(x, v, u)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dx = (dy U) V,  dV = (dy U)^T x,  dU = dy^T (x V^T),  db = sum dy; x V^T is made again, not kept."""
+    x, v, u = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    flat_x, flat_y = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    inner = flat_y @ u
+    return (
+        (inner @ v).reshape(x.shape) if need[0] else None,
+        inner.T @ flat_x if need[1] else None,
+        flat_y.T @ (flat_x @ v.T) if need[2] else None,
+        flat_y.sum(0) if need[3] else None,
+    )
+
+
+low_rank_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def cost(tokens: sympy.Expr, rows: int, columns: int, rank: int, weight_bytes: int, itemsize: int) -> Cost:

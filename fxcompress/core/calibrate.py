@@ -36,6 +36,7 @@ HELD_OUT_EXAMPLES = 64  # at most, so that probing does not grow with the calibr
 STRETCHES = 128  # of ids, for the unseen rows of a table
 UNSEEN_HEDGE = 1.5  # fresh text is further from the calibration text than its own halves are from each other
 EVEN_SHARE = 0.1
+SAMPLE_ROWS = 256  # inputs kept as they are, at most a quarter of them from one batch
 GRADIENT_BATCHES = 4  # M is a (features, features) mean over every token; a few batches settle it
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -48,6 +49,7 @@ class Moment:
     count: int = 0
     total: Tensor | None = None  # (in,) float64
     second: Tensor | None = None  # (in, in) float32: half the memory, and CENTRED_FLOOR covers what it rounds off
+    sample: Tensor | None = None  # (at most SAMPLE_ROWS, in) float32
 
     def add(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
@@ -55,6 +57,11 @@ class Moment:
         self.second = second if self.second is None else self.second.add_(second)
         self.total = total if self.total is None else self.total.add_(total)
         self.count += len(x)
+        kept = 0 if self.sample is None else len(self.sample)
+        room = min(SAMPLE_ROWS // 4, SAMPLE_ROWS - kept, len(x))
+        if room > 0:
+            picked = x[torch.arange(room) * len(x) // room]
+            self.sample = picked.clone() if self.sample is None else torch.cat([self.sample, picked])
 
 
 @dataclass
@@ -86,7 +93,12 @@ class Calibration:
         grads = [self.gradients[u.node.name] for u in site.uses if u.node.name in self.gradients]
         metric = torch.stack(grads).sum(0) if grads else None
         second, mean = fit or (None, None)
-        return Statistics(second, mean, check, rows, metric)
+        return Statistics(second, mean, check, self._sample(site), rows, metric)
+
+    def _sample(self, site: Site) -> Tensor | None:
+        seen = [self.moments[u.x.name].sample for u in site.uses if u.kind == "linear" and u.x.name in self.moments]
+        found = [s for s in seen if s is not None]
+        return torch.cat(found) if found else None
 
 
 def _pooled(moments: dict[str, Moment], site: Site) -> tuple[Tensor, Tensor] | None:

@@ -1,8 +1,8 @@
 """What a rewrite says about itself: a frozen dataclass whose fields are its parameters and whose text parses back.
 
-Two kinds compose. A `Structure` says how W is expressed (dense, low rank); a `Storage` says how each matrix of that
-expression is kept (as it is, quantized). A structure hands every matrix it makes to `store`, which answers with the
-matrix as it will be read back, so that what is made next can make up for what storing lost.
+Two kinds compose. A `Structure` says how W is expressed (dense, low rank, Monarch, sparse); a `Storage` says how each
+matrix of that expression is kept (as it is, quantized). A structure hands every matrix it makes to a `Store`, which
+answers with the matrix as it will be read back, so that what is made next can make up for what storing lost.
 
 The driver (fxcompress.core.surgery) does all graph edits; a rewrite only inserts its call.
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, fx
 
 from fxcompress.core.cost import Cost
@@ -23,10 +25,8 @@ from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric
 from fxcompress.core.site import Site, Use
 
-Store = Callable[[str, Tensor, Metric], Tensor]
-"""(name, matrix (rows, columns), metric) -> the matrix as it will be read back."""
-
-_SPEC = re.compile(r"\s*([a-z_]+)\s*(?:\{(.*)\})?\s*")
+_SPEC = re.compile(r"\s*([a-z_0-9]+)\s*(?:\{(.*)\})?\s*")
+_NEXT = re.compile(r",(?=\s*[a-z_]+\s*=)")  # the comma before a parameter, not one inside a value such as (8, 8)
 
 
 class Rewrite(ABC):
@@ -34,6 +34,7 @@ class Rewrite(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution")  # of sites it has an op for
 
     @classmethod
     @abstractmethod
@@ -45,9 +46,32 @@ class Rewrite(ABC):
     def space(cls, site: Site) -> Iterator[Self]:
         """The instances worth costing here, cheapest first."""
 
+    @classmethod
+    def unserved(cls, site: Site) -> str | None:
+        """The refusal of a kind of site there is no op for; `refuses` starts with it."""
+        return None if site.kind in cls.kinds else f"it has no op for {_KINDS[site.kind]}"
+
+    def at(self, site: Site) -> Self:
+        """The instance this stands for at `site`: shares become counts. Raises `SpecError` as `check` does."""
+        self.check(site)
+        return self
+
+    def check(self, site: Site) -> None:  # noqa: B027 - most parameters fit anywhere
+        """Raise a `SpecError` that names the site, what was found and what is allowed, if the parameters do not fit."""
+
     def __str__(self) -> str:
-        params = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        given = [(f.name, v) for f in fields if (v := getattr(self, f.name)) != f.default]
+        params = ", ".join(f"{name}={value}" for name, value in given)
         return f"{self.name}{{{params}}}" if params else self.name
+
+
+_KINDS = {
+    "linear": "linear weights",
+    "embedding": "embedding tables",
+    "tied": "a weight that is both looked up and multiplied",
+    "convolution": "convolutions",
+}
 
 
 class Storage(Rewrite):
@@ -86,32 +110,90 @@ class Storage(Rewrite):
         """Insert the call that gives the rows `ids`."""
 
 
+class Store:
+    """Where a structure puts what it is made of, each matrix encoded by `storage` (None: as it is)."""
+
+    def __init__(self, storage: Storage | None = None) -> None:
+        self.storage = storage
+        self.tensors: dict[str, Tensor] = {}  # by attribute name
+        self.likes: dict[str, Tensor] = {}  # shape and dtype of each matrix, on meta
+        self.kept: set[str] = set()  # names that are no matrix
+        self.read: dict[str, Tensor] = {}  # every matrix as it will be read back, and everything kept
+
+    def __call__(self, name: str, matrix: Tensor, metric: Metric | None = None) -> Tensor:
+        """Store `matrix` (rows, columns) so that its error in `metric` is small -> the matrix as it will be read."""
+        self.likes[name] = torch.empty_like(matrix, device="meta")
+        if self.storage is None:
+            self.tensors[name] = self.read[name] = matrix.contiguous()
+            return matrix
+        encoded = self.storage.encode(matrix, metric or Metric())
+        self.tensors.update({key_of(name, key): tensor for key, tensor in encoded.items()})
+        self.read[name] = self.storage.decode(encoded, matrix)
+        return self.read[name]
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Store what is no matrix (a mask, indices) as it is."""
+        self.kept.add(name)
+        self.tensors[name] = self.read[name] = tensor.contiguous()
+
+
+def key_of(matrix: str, part: str) -> str:
+    """Attribute name of one tensor of one matrix: "codes" of the weight itself, "u_codes" of a factor."""
+    return part if matrix == "weight" else f"{matrix}_{part}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """A stored matrix inside a graph."""
+    """A stored matrix, or a kept tensor, inside a graph."""
 
     read: Callable[[], fx.Node]
-    lookup: Callable[[fx.Node], fx.Node]
+    lookup: Callable[[fx.Node], fx.Node]  # ids (...) -> rows (..., columns)
 
 
 class Structure(Rewrite):
     """How a weight is expressed by matrices."""
 
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    needs_training: ClassVar[bool] = False  # a trained weight survives it badly: offered by name, or to be trained
+
     @abstractmethod
     def shapes(self, site: Site) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of each matrix `factor` stores."""
+        """(rows, columns) of each matrix `factor` stores, in its order."""
 
-    @abstractmethod
+    def kept_bytes(self, site: Site) -> int:
+        """Bytes of everything `factor` keeps beside the matrices."""
+        return 0
+
     def error_bound(self, site: Site) -> float:
-        """The squared relative error over the calibration inputs before anything is stored: no storage gets lower."""
+        """A lower bound on the squared relative error over the calibration inputs, cheap: no storage gets lower."""
+        return 0.0
 
-    @abstractmethod
     def unstored(self, site: Site) -> Tensor:
-        """The dense weight (rows, columns) this amounts to before anything is stored; cheap next to `factor`."""
+        """The dense weight (rows, columns) this amounts to before anything is stored."""
+        store = Store()
+        self.factor(site, store)
+        return self.dense(store.read, site)
 
     @abstractmethod
-    def factor(self, site: Site, store: Store) -> Tensor:
-        """Store every matrix; return the dense weight (rows, columns) float they amount to."""
+    def factor(self, site: Site, store: Store) -> None:
+        """Project the site's weight: store every matrix of `shapes`, keep everything else."""
+
+    @abstractmethod
+    def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
+        """The dense weight (rows, columns) these matrices amount to; differentiable, any floating dtype."""
+
+    def draw(self, site: Site, generator: torch.Generator, store: Store) -> None:
+        """A random start in place of `factor`: independent normal entries, scaled so that the dense weight has the
+        spread of the site's own. What is kept beside the matrices is drawn from the site as `factor` does it."""
+        itemtype, made = site.weight.dtype, Store()
+        self.factor(site, made)
+        factors = {name: torch.randn(shape, generator=generator) for name, shape in self.shapes(site).items()}
+        spread = float(self.dense({**made.read, **factors}, site).float().std())
+        gain = (float(site.weight.float().std()) / spread) ** (1 / len(factors)) if spread > 0 else 1.0
+        for name, factor in factors.items():
+            store(name, (factor * (gain if math.isfinite(gain) else 1.0)).to(itemtype))
+        for name in made.kept:
+            store.keep(name, made.tensors[name])
 
     @abstractmethod
     def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
@@ -132,20 +214,17 @@ def parse_spec(text: str, known: Mapping[str, type[Rewrite]]) -> Rewrite:
     if match[1] not in known:
         raise SpecError(f"unknown rewrite {match[1]!r}; known are {', '.join(known)}.")
     kind = known[match[1]]
-    wanted = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    types = {f.name: f.type for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     params: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in (match[2] or "").split(","))):
-        key, _, value = part.partition("=")
-        if key.strip() not in wanted:
-            raise SpecError(
-                f"{text!r}: {kind.name} has no parameter {key.strip()!r}; it takes {', '.join(wanted) or 'none'}."
-            )
+    for part in filter(None, (p.strip(" ,") for p in _NEXT.split(match[2] or ""))):
+        key, _, value = (p.strip() for p in part.partition("="))
+        if key not in types:
+            raise SpecError(f"{text!r}: {kind.name} has no parameter {key!r}; it takes {', '.join(types) or 'none'}.")
         try:
-            params[key.strip()] = ast.literal_eval(value.strip())
+            params[key] = value if types[key] == "str" else ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise SpecError(f"{text!r}: {key.strip()}={value.strip()} is no number.") from None
+            raise SpecError(f"{text!r}: {key}={value} is no number.") from None
     try:
         return kind(**params)
     except TypeError as error:
         raise SpecError(f"{text!r}: {str(error).split('() ')[-1]}.") from None
-

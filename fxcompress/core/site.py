@@ -51,6 +51,7 @@ class Statistics:
     second_moment: E[x x^T] (in, in) float64 over the inputs of its linear uses
     mean: E[x] (in,) float64
     check: the same two over held-out inputs, (E[x x^T], E[x]); errors are judged by them (a fit to H flatters H)
+    sample: a few of the inputs themselves (tokens, in) float32, for what no moment tells (ranges, rounding of x)
     row_weight: probability of each row (rows,) float64 over the ids of its embedding uses
     column_metric: (columns, columns) float64, how the output reacts to the looked-up row: E[g g^T] of its gradients
     """
@@ -58,6 +59,7 @@ class Statistics:
     second_moment: Tensor | None = None
     mean: Tensor | None = None
     check: tuple[Tensor, Tensor] | None = None
+    sample: Tensor | None = None
     row_weight: Tensor | None = None
     column_metric: Tensor | None = None
 
