@@ -22,7 +22,7 @@ from tabulate import tabulate
 
 import fxcompress
 from benchmarks.models import data, minilm
-from fxcompress.api import _carry_out, _observe
+from fxcompress.api import _carry_out, observe
 from fxcompress.core.calibrate import bind_batch
 from fxcompress.core.plan import Plan
 from fxcompress.core.verify import compare
@@ -38,7 +38,7 @@ def main() -> None:
     calibration = minilm.batches(lines[: options.examples])
     fresh = minilm.batches([text for text, _ in data.sst2("train")][:128])
     score, reference = minilm.spearman(model)
-    original, known = _observe(model, None, calibration, True)
+    original, known = observe(model, None, calibration, True)
     calls = [bind_batch(original, batch, 0) for batch in fresh]
     plan, rows = None, []
     for budget, (most_drop, least_cosine) in BARS.items():

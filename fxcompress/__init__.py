@@ -9,6 +9,7 @@ from fxcompress.core.budget import Budget
 from fxcompress.core.plan import Plan
 from fxcompress.core.show import show
 from fxcompress.report import Report
+from fxcompress.restructuring import restructure
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Plan", "Report", "compile", "load", "save", "show"]
+__all__ = ["Budget", "Plan", "Report", "compile", "load", "restructure", "save", "show"]

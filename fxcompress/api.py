@@ -69,8 +69,8 @@ def compile(
         raise BudgetError('compile needs a budget such as "4x", or a plan to replay.')
     wanted = Budget.parse(budget) if budget is not None else None
     allowed = resolve(rewrites)
-    with _untouched():
-        original, known = _observe(model, example_inputs, calibration, progress)
+    with untouched():
+        original, known = observe(model, example_inputs, calibration, progress)
         if plan is None:
             assert wanted is not None
             plan = price(original, allowed, known, wanted, progress)
@@ -92,8 +92,8 @@ def plan_only(
 ) -> Plan:
     """The plan `compile` would carry out, with the same arguments; no model is made, so its size is a prediction."""
     wanted, allowed = Budget.parse(budget), resolve(rewrites)
-    with _untouched():
-        original, known = _observe(model, example_inputs, calibration, progress)
+    with untouched():
+        original, known = observe(model, example_inputs, calibration, progress)
         return price(original, allowed, known, wanted, progress)
 
 
@@ -204,13 +204,17 @@ def _report(plan: Plan, sites: list[SiteReport], measured: float, known: Calibra
     )
 
 
-def _observe(
-    model: nn.Module, example: tuple[Any, ...] | dict[str, Any] | None, batches: Iterable[Any] | None, progress: bool
+def observe(
+    model: nn.Module,
+    example: tuple[Any, ...] | dict[str, Any] | None,
+    batches: Iterable[Any] | None,
+    progress: bool,
+    trainable: bool = False,
 ) -> tuple[SignedModule, Calibration]:
     """Capture, then run the calibration batches; without any, the example inputs are all there is to judge by."""
     batches, first = _peek(batches)
     example = example if example is not None else first if first is not None else example_of(model)
-    original = capture(model, example)
+    original = capture(model, example, trainable)
     if batches is not None:
         return original, calibrate(original, find_sites(original), batches, progress)
     call = bind_batch(original, example, 0)
@@ -260,7 +264,7 @@ def _peek(batches: Iterable[Any] | None) -> tuple[Iterable[Any] | None, Any]:
 
 
 @contextlib.contextmanager
-def _untouched() -> Iterator[None]:
+def untouched() -> Iterator[None]:
     """The caller's random state, whatever a library draws meanwhile."""
     with torch.random.fork_rng(devices=[]):
         yield

@@ -49,12 +49,21 @@ class Recipe:
         stored = sum(self.storage.stored_bytes(r, c, size) if self.storage else r * c * size for r, c in shapes)
         return stored + self.structure.kept_bytes(site)
 
+    def parameters(self, site: Site) -> int:
+        """Elements of its matrices, however each is stored."""
+        return sum(r * c for r, c in self.structure.shapes(site).values()) or site.weight.numel()
+
     def cost(self, site: Site) -> Cost:
         """Work of one forward: every use of the site, its weight stored once."""
         stored, size = self.stored_bytes(site), site.weight.element_size()
         costs = [self.structure.cost(use, site.rows, site.columns, stored, size) for use in site.uses]
         total = sum(costs[1:], costs[0])
         return Cost(total.flops, total.bytes, stored, total.launches)
+
+    def refuses(self, site: Site) -> str | None:
+        """Why one of its two parts cannot act at `site`, a clause; None if both can."""
+        parts = (self.structure, self.storage) if self.storage is not None else (self.structure,)
+        return next((why for part in parts if (why := part.refuses(site)) is not None), None)
 
     def at(self, site: Site) -> Recipe:
         """The recipe with shares made counts at `site`. Raises `SpecError` where its parameters do not fit there."""

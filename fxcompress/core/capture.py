@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.core.errors import CaptureError, InputError, NonFiniteError
+from fxcompress.core.modes import remember
 from fxcompress.core.signature import Signature, SignedModule
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -30,28 +31,39 @@ _NOISE = (torch.ops.aten._assert_tensor_metadata.default,)  # checks of the trac
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]))
 
 
-def capture(model: nn.Module, inputs: Inputs) -> SignedModule:
+def capture(model: nn.Module, inputs: Inputs, trainable: bool = False) -> SignedModule:
     """The graph of `model` in eval mode. Shares the model's tensors; the model itself is not changed.
 
-    `gm.meta["signature"]` holds how it may be called. Raises `CaptureError` with the model's line where tracing fails.
+    `gm.meta["signature"]` holds how it may be called. A `trainable` graph also knows its training mode (`.train()`
+    turns its dropout on). Raises `CaptureError` with the model's line where tracing fails.
     """
     check_finite(model)
     args, kwargs = split_inputs(inputs)
     if not pytree.tree_leaves((args, kwargs)):
         raise CaptureError("example_inputs is empty: give a tuple of positional or a dict of keyword inputs.")
-    with _as_exported(model):
+    with _as_exported(model, training=False):
         args, kwargs = _double_single_batch(model, args, kwargs)
         _register_dataclasses(model, args, kwargs)
-        try:
-            program = export(model, args, kwargs)
-        except Exception as error:
-            raise CaptureError(_explain(model, error)) from error
+        program = _export(model, args, kwargs) if not trainable else None
+    if program is None:
+        with _as_exported(model, training=True):
+            program = _export(model, args, kwargs)
     gm = unlift(program)
+    if trainable:
+        remember(gm.graph)
+        gm.eval()
     order = tuple(inspect.signature(model.forward).parameters)
     gm.meta["original_bytes"] = _state_bytes(model)
     gm.meta["signature"] = Signature.of(gm, program.range_constraints, order, pytree.tree_leaves((args, kwargs)))
     _refuse_data_dependent_outputs(model, gm)
     return gm
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    try:
+        return export(model, args, kwargs)
+    except Exception as error:
+        raise CaptureError(_explain(model, error)) from error
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -133,20 +145,20 @@ def unlift(program: torch.export.ExportedProgram) -> SignedModule:
 
 
 @contextlib.contextmanager
-def _as_exported(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no key-value cache (it is neither a tensor nor an answer) while tracing; restored afterwards."""
-    training = [m for m in model.modules() if m.training]
+def _as_exported(model: nn.Module, training: bool) -> Iterator[None]:
+    """One mode and no key-value cache (it is neither a tensor nor an answer) while tracing; restored afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
     own: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     configs = {id(c): c for c in own if getattr(c, "use_cache", False) is True}
     try:
-        for module in training:
-            module.training = False
+        for module, _ in modes:
+            module.training = training
         for config in configs.values():
             config.use_cache = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes:
+            module.training = mode
         for config in configs.values():
             config.use_cache = True
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcompress.core.errors import InputError
+from fxcompress.core.modes import switch
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,13 @@ class SignedModule(fx.GraphModule):
             [slot.example() for slot in self.signature.slots], self._in_spec
         )
         return call
+
+    def train(self, mode: bool = True) -> SignedModule:
+        """As nn.Module.train; dropout and batch norm follow where the graph was captured to be trained."""
+        super().train(mode)
+        if switch(self.graph, mode):
+            self.recompile()
+        return self
 
     def copy(self) -> SignedModule:
         """A second graph over the same tensors, to be edited without touching this one."""
