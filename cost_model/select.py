@@ -3,10 +3,11 @@
     minimise    sum_i loss_i x_i
     subject to  sum_{i in site} x_i = 1 for every site
                 sum_i bytes_i x_i <= B,   sum_i flops_i x_i <= F,   sum_i loss_i x_i <= E
+                tied sites: sum of x_i over the items of one label is the same at each of them, for every label
 
-With an error budget alone, bytes and loss change places. Dominated candidates (no better on any axis) are dropped
-first. HiGHS (scipy.optimize.milp) proves the gap it reports. Sinha & Zoltners, The multiple-choice knapsack problem,
-Operations Research 1979.
+With an error budget alone, bytes and loss change places. Candidates that another of the same labels beats or equals on
+every axis are dropped first. HiGHS (scipy.optimize.milp) proves the gap it reports. Sinha & Zoltners, The
+multiple-choice knapsack problem, Operations Research 1979.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,9 +26,11 @@ from fxcompress.core.budget import Budget
 from fxcompress.core.divergence import additive, readable
 from fxcompress.core.errors import InfeasibleBudgetError
 from fxcompress.core.plan import KEEP, Candidate, Plan
+from fxcompress.core.ties import label_of
 from fxcompress.core.units import format_bytes
 
 GAP = 1e-6
+UNBOUNDED = 1e300
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Selection:
     gap: float
 
 
+Tie = Mapping[int, Sequence[str]]
+"""{site: the label of each of its items}: sites decided together end up with items of one label."""
+
+
 def undominated(items: Sequence[Item]) -> list[int]:
     """Indices of the items no other item beats or equals on bytes, loss and flops; of equal items the first stays."""
     order = sorted(range(len(items)), key=lambda i: (items[i].bytes, items[i].loss, items[i].flops, i))
@@ -66,16 +73,17 @@ def undominated(items: Sequence[Item]) -> list[int]:
     return sorted(kept)
 
 
-def select(sites: Sequence[Sequence[Item]], limits: Limits) -> Selection:
+def select(sites: Sequence[Sequence[Item]], limits: Limits, ties: Sequence[Tie] = ()) -> Selection:
     """The exact choice. Raises `InfeasibleBudgetError`; `choose` says what would be feasible."""
-    fronts = [undominated(items) for items in sites]
-    flat = [(s, i, sites[s][i]) for s, front in enumerate(fronts) for i in front]
+    flat = [(s, i, items[i]) for s, items in enumerate(sites) for i in _front(items, [t[s] for t in ties if s in t])]
     columns = {axis: np.array([getattr(item, axis) for _, _, item in flat]) for axis in ("bytes", "loss", "flops")}
     goal = "bytes" if limits.loss is not None and limits.bytes is None and limits.flops is None else "loss"
     one_each = scipy.sparse.csr_array(
         (np.ones(len(flat)), ([s for s, _, _ in flat], range(len(flat)))), shape=(len(sites), len(flat))
     )
     constraints = [LinearConstraint(one_each, 1, 1)]
+    if rows := [row for tie in ties for row in _together(tie, flat)]:
+        constraints.append(LinearConstraint(scipy.sparse.csr_array(np.array(rows)), 0, 0))
     for axis, values in columns.items():
         bound = getattr(limits, axis)
         if bound is not None:
@@ -97,6 +105,22 @@ def select(sites: Sequence[Sequence[Item]], limits: Limits) -> Selection:
         if value > 0.5:
             picked[s] = i
     return Selection(tuple(picked), float(solved.mip_gap or 0.0))
+
+
+def _front(items: Sequence[Item], labels: Sequence[Sequence[str]]) -> list[int]:
+    """The undominated items among those of the same labels."""
+    classes: dict[tuple[str, ...], list[int]] = {}
+    for i in range(len(items)):
+        classes.setdefault(tuple(of[i] for of in labels), []).append(i)
+    return sorted(mine[k] for mine in classes.values() for k in undominated([items[i] for i in mine]))
+
+
+def _together(tie: Tie, flat: Sequence[tuple[int, int, Item]]) -> Iterator[np.ndarray]:
+    """Rows r with r . x = 0: each label is picked as often at every tied site as at the first of them."""
+    first, *others = tie
+    for label in sorted({label for labels in tie.values() for label in labels}):
+        mine = {s: np.array([site == s and tie[s][i] == label for site, i, _ in flat], dtype=float) for s in tie}
+        yield from (mine[first] - mine[s] for s in others)
 
 
 @contextlib.contextmanager
@@ -136,10 +160,11 @@ def choose(table: Plan, budget: Budget) -> Plan:
     loss = None if budget.error is None else additive(budget.error, table.kind)
     if size is not None and size >= table.original_bytes and flops is None and loss is None:
         return replace(table, choices=tuple(_kept(g) for g in groups), budget=budget, gap=0.0)  # "1x": as it is
+    items, ties = _items(groups), _ties(table, groups)
     try:
-        selection = select([[Item(c.bytes, c.loss, c.flops) for c in g] for g in groups], Limits(room, loss, flops))
+        selection = select(items, Limits(room, loss, flops), ties)
     except InfeasibleBudgetError as error:
-        raise InfeasibleBudgetError(_range(table, groups, budget)) from error
+        raise InfeasibleBudgetError(_range(table, groups, ties, budget)) from error
     picked = tuple(g[i] for g, i in zip(groups, selection.picked))
     return replace(table, choices=picked, budget=budget, gap=selection.gap)
 
@@ -148,8 +173,18 @@ def _kept(group: Sequence[Candidate]) -> Candidate:
     return next(c for c in group if c.spec == KEEP)
 
 
-def _range(table: Plan, groups: Sequence[Sequence[Candidate]], budget: Budget) -> str:
-    smallest = table.fixed_bytes + sum(min(c.bytes for c in g) for g in groups)
+def _items(groups: Sequence[Sequence[Candidate]]) -> list[list[Item]]:
+    return [[Item(c.bytes, c.loss, c.flops) for c in g] for g in groups]
+
+
+def _ties(table: Plan, groups: Sequence[Sequence[Candidate]]) -> list[Tie]:
+    at = {site.name: i for i, site in enumerate(table.sites)}
+    return [{at[name]: [label_of(t.by, c.spec) for c in groups[at[name]]] for name in t.sites} for t in table.ties]
+
+
+def _range(table: Plan, groups: Sequence[Sequence[Candidate]], ties: Sequence[Tie], budget: Budget) -> str:
+    least_bytes = select(_items(groups), Limits(loss=UNBOUNDED), ties).picked
+    smallest = table.fixed_bytes + sum(g[i].bytes for g, i in zip(groups, least_bytes))
     fewest = sum(min(c.flops for c in g) for g in groups) / (sum(_kept(g).flops for g in groups) or 1.0)
     ratio = table.original_bytes / smallest
     said = [

@@ -22,12 +22,12 @@ from fxcompress.core.calibrate import Calibration, bind_batch, calibrate
 from fxcompress.core.capture import capture, example_of, split_inputs
 from fxcompress.core.divergence import Kind, kind_of, mask_of, named_outputs
 from fxcompress.core.errors import BudgetError, CalibrationError, InfeasibleBudgetError, PlanError, SpecError
-from fxcompress.core.metric import local_error
 from fxcompress.core.plan import KEEP, Plan, SiteInfo
 from fxcompress.core.rewrite import Rewrite
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site, find_sites
 from fxcompress.core.surgery import finish, own_tensors, stored_bytes
+from fxcompress.core.ties import parallel
 from fxcompress.core.verify import compare
 from fxcompress.cost_model.select import choose
 from fxcompress.passes import REWRITES
@@ -73,7 +73,7 @@ def compile(
         original, known = observe(model, example_inputs, calibration, progress)
         if plan is None:
             assert wanted is not None
-            plan = price(original, allowed, known, wanted, progress)
+            plan = price(original, allowed, known, wanted, progress, named=rewrites is not None)
         elif wanted is not None:
             plan = choose(plan, wanted)
         if plan.calibrated and not known.calibrated:
@@ -94,22 +94,30 @@ def plan_only(
     wanted, allowed = Budget.parse(budget), resolve(rewrites)
     with untouched():
         original, known = observe(model, example_inputs, calibration, progress)
-        return price(original, allowed, known, wanted, progress)
+        return price(original, allowed, known, wanted, progress, named=rewrites is not None)
 
 
 def price(
-    original: SignedModule, rewrites: Sequence[type[Rewrite]], known: Calibration, budget: Budget, progress: bool
+    original: SignedModule,
+    rewrites: Sequence[type[Rewrite]],
+    known: Calibration,
+    budget: Budget,
+    progress: bool,
+    named: bool = False,
 ) -> Plan:
     """Every candidate of every site, and the best choice of them under `budget`."""
     sites = find_sites(original)
+    ties = parallel(sites)
     as_it_is = budget.size_bytes(100) == 100 and budget.error is None and budget.flops is None
-    candidates, refusals = propose(original, sites, () if as_it_is else rewrites, known, budget, progress)
+    allowed = () if as_it_is else rewrites
+    candidates, refusals = propose(original, sites, ties, allowed, known, budget, named, progress)
     total = stored_bytes(original)
     table = Plan(
         sites=tuple(SiteInfo(s.name, s.kind, s.rows, s.columns) for s in sites),
         choices=(),
         candidates=tuple(candidates),
         refusals=tuple(refusals),
+        ties=tuple(ties),
         budget=budget,
         original_bytes=original.meta["original_bytes"],
         fixed_bytes=total - sum(s.dense_bytes for s in sites),
@@ -177,9 +185,10 @@ def _rewrite(original: SignedModule, known: Calibration, plan: Plan) -> tuple[Si
             reports.append(SiteReport(site.name, KEEP, choice.bytes, site.dense_bytes, 0.0, 0.0))
             continue
         site = known.informed(site)
-        made = parse(choice.spec, REWRITES).make(site)
+        recipe = parse(choice.spec, REWRITES)
+        made = recipe.make(site)
         stored = sum(t.numel() * t.element_size() for t in made.tensors.values())
-        error = local_error(site, made.weight) ** 0.5
+        error = recipe.error(site, made.weight) ** 0.5
         made.apply(work, site)
         reports.append(SiteReport(site.name, choice.spec, choice.bytes, stored, choice.error, error))
         site.forget()

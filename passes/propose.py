@@ -25,6 +25,7 @@ from fxcompress.core.plan import Candidate
 from fxcompress.core.rewrite import Rewrite, Storage, Structure
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site
+from fxcompress.core.ties import Tie
 from fxcompress.cost_model.sensitivity import Prober, kappa, price
 from fxcompress.passes.recipe import Recipe
 
@@ -42,36 +43,71 @@ class Trial:
     error: float  # squared, in all
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A site before its structures are made."""
+
+    site: Site
+    trials: list[Trial]  # storages of the dense weight, measured
+    estimates: list[Trial]  # structures, neither made nor dropped
+    promising: set[str]  # specs of the estimates worth making
+    refused: list[tuple[str, str]]  # (rewrite, why)
+
+
 def propose(
     gm: SignedModule,
     sites: Sequence[Site],
+    ties: Sequence[Tie],
     rewrites: Sequence[type[Rewrite]],
     calibration: Calibration,
     budget: Budget,
+    named: bool = False,
     progress: bool = True,
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
-    """-> (candidates, refusals), sites in order, `keep` first at each."""
+    """-> (candidates, refusals), sites in order, `keep` first at each. `named`: the user asked for these rewrites."""
     prober = Prober(gm, calibration.held_out)
     sizes = sizes_of(gm, calibration)
+    by_name = {site.name: site for site in sites}
+    with_me = {name: tie.sites for tie in ties if tie.by == "spec" for name in tie.sites}
+    tried: dict[str, tuple[Site, list[Trial], list[tuple[str, str]]]] = {}
     candidates: list[Candidate] = []
     refusals: list[tuple[str, str, str]] = []
-    for site in tqdm(sites, "propose", unit="site", disable=not progress, leave=False):
-        site = calibration.informed(site)
-        trials, refused = trials_of(site, rewrites, budget)
+    for name in tqdm(by_name, "propose", unit="site", disable=not progress, leave=False):
+        if name not in tried:
+            together = [calibration.informed(by_name[other]) for other in with_me.get(name, (name,))]
+            tried.update({s.name: (s, t, r) for s, t, r in trials_of(together, rewrites, budget, named)})
+        site, trials, refused = tried.pop(name)
         kappas = _probe(prober, site, trials)
         candidates.append(_candidate(site, Recipe(), 0.0, 0.0, sizes))
         for trial in trials:
             loss = price(kappas, trial.recipe.structure.name, trial.structure_error, trial.error)
             candidates.append(_candidate(site, trial.recipe, trial.error, loss, sizes))
-        refusals += [(site.name, name, why) for name, why in refused]
+        refusals += [(name, rewrite, why) for rewrite, why in refused]
         site.forget()
     return candidates, refusals
 
 
 def trials_of(
-    site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget
-) -> tuple[list[Trial], list[tuple[str, str]]]:
-    """-> (recipes that save at least the budget's `min_gain` of the site's bytes, refusals)."""
+    sites: Sequence[Site], rewrites: Sequence[type[Rewrite]], budget: Budget, named: bool = False
+) -> list[tuple[Site, list[Trial], list[tuple[str, str]]]]:
+    """-> (site, recipes that save at least the budget's `min_gain` of its bytes, refusals) for each of some tied sites.
+
+    What is promising at one of them is made at all: they can only choose what they have in common.
+    """
+    drafts = [_draft(site, rewrites, budget, named) for site in sites]
+    wanted = set[str]().union(*(d.promising for d in drafts))
+    return [(d.site, d.trials + _measured(d, wanted), d.refused) for d in drafts]
+
+
+def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
+    return [
+        Trial(e.recipe, e.bytes, e.structure_error, max(e.structure_error, _error(draft.site, e.recipe)))
+        for e in draft.estimates
+        if str(e.recipe) in wanted
+    ]
+
+
+def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named: bool) -> Draft:
     trials: list[Trial] = []
     refused: list[tuple[str, str]] = []
     most = (1 - budget.min_gain) * site.dense_bytes
@@ -85,34 +121,54 @@ def trials_of(
         refused.append((storages[0].name, f"nothing saves {budget.min_gain:.0%} of {site.dense_bytes} bytes"))
     # Where flops count, fewer bytes and less error do not make up for a dense product: no structure is dropped.
     promising = partial(_promising, rivals=trials) if budget.flops is None else list
+    estimates: list[Trial] = []
+    kept: set[str] = set()
     for structure in (r for r in rewrites if issubclass(r, Structure) and not _refused(r, site, refused)):
-        factored = [
-            Trial(e.recipe, e.bytes, e.structure_error, max(e.structure_error, _error(site, e.recipe)))
-            for e in promising(_estimates(site, structure, storages, trials, most))
-        ]
-        trials += factored
-        if not factored:
-            refused.append(
-                (structure.name, "it loses too much, or a quantized dense weight of the same bytes is closer")
-            )
-    return trials, refused
+        if structure.needs_training and not named:
+            lost = min(_own_error(i, site) for i in structure.space(site))
+            refused.append((structure.name, f"untrained it loses {lost**0.5:.0%} of the output; it is offered by name"))
+            continue
+        mine = _estimates(site, structure, storages, trials, most, 1.0 if structure.needs_training else MOST_LOST)
+        good = {str(e.recipe) for e in promising(mine)}
+        if not good:
+            refused.append((structure.name, _why_not(mine)))
+        estimates += mine
+        kept |= good
+    return Draft(site, trials, estimates, kept, refused)
+
+
+def _why_not(estimates: Sequence[Trial]) -> str:
+    if estimates:
+        return "a quantized dense weight of the same bytes is closer"
+    return f"every form of it that saves enough loses more than {MOST_LOST:.0%} of the squared output"
 
 
 def _estimates(
-    site: Site, structure: type[Structure], storages: Sequence[type[Storage]], dense: Sequence[Trial], most: float
+    site: Site,
+    structure: type[Structure],
+    storages: Sequence[type[Storage]],
+    dense: Sequence[Trial],
+    most: float,
+    most_lost: float,
 ) -> list[Trial]:
     """Every instance with every storage of its factors; errors: its own plus that storage's on the dense weight."""
     added: dict[Storage | None, float] = {t.recipe.storage: t.error for t in dense} | {None: 0.0}
     kinds = (None, *(s for kind in storages for s in kind.for_factors(site)))
     found = []
     for instance in structure.space(site):
-        recipes = [r for s in kinds if (r := Recipe(instance, s)).stored_bytes(site) <= most]
-        bound = instance.error_bound(site)
-        if not recipes or bound > MOST_LOST:
+        stored = kinds if instance.shapes(site) else (None,)
+        recipes = [r for s in stored if (r := Recipe(instance, s)).stored_bytes(site) <= most]
+        if not recipes or instance.error_bound(site) > most_lost:
             continue
-        plain = max(local_error(site, instance.unstored(site)), bound)
-        found += [Trial(r, r.stored_bytes(site), plain, plain + added.get(r.storage, 0.0)) for r in recipes]
-    return [t for t in found if t.structure_error <= MOST_LOST]
+        own = _own_error(instance, site)
+        found += [Trial(r, r.stored_bytes(site), own, own + added.get(r.storage, 0.0)) for r in recipes]
+    return [t for t in found if t.structure_error <= most_lost]
+
+
+def _own_error(structure: Structure, site: Site) -> float:
+    """Of the structure before anything is stored."""
+    error = local_error(site, structure.unstored(site)) + structure.input_error(site)
+    return max(error, structure.error_bound(site))
 
 
 def _promising(estimates: Sequence[Trial], rivals: Sequence[Trial]) -> list[Trial]:
@@ -132,8 +188,8 @@ def _beaten(stored: int, error: float, rivals: Sequence[Trial]) -> bool:
 def _error(site: Site, recipe: Recipe) -> float:
     """Squared relative error of the recipe, carried out."""
     if recipe.storage is None:
-        return local_error(site, recipe.structure.unstored(site))
-    return local_error(site, recipe.make(site).weight)
+        return _own_error(recipe.structure, site)
+    return recipe.error(site, recipe.make(site).weight)
 
 
 def sizes_of(gm: SignedModule, calibration: Calibration) -> dict[str, int]:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import corrected_bias
+from fxcompress.core.metric import corrected_bias, local_error
 from fxcompress.core.rewrite import Operand, Rewrite, Storage, Store, Structure, key_of, parse_spec
 from fxcompress.core.site import Site, Use
 from fxcompress.core.surgery import attribute_of, replace
@@ -67,7 +67,13 @@ class Recipe:
 
     def at(self, site: Site) -> Recipe:
         """The recipe with shares made counts at `site`. Raises `SpecError` where its parameters do not fit there."""
+        if self.storage is not None and not self.structure.shapes(site):
+            raise SpecError(f"{self} at {site.name}: {self.structure.name} has its own way of storing.")
         return Recipe(self.structure.at(site), None if self.storage is None else self.storage.at(site))
+
+    def error(self, site: Site, weight: Tensor) -> float:
+        """The squared relative error at `site` once `weight` is what it reads (fxcompress.core.metric)."""
+        return local_error(site, weight) + self.structure.input_error(site)
 
     def make(self, site: Site) -> Made:
         """Compute the tensors. Deterministic: the same site gives the same bits."""

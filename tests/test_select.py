@@ -10,6 +10,7 @@ import pytest
 from fxcompress import Budget, Plan
 from fxcompress.core.errors import InfeasibleBudgetError
 from fxcompress.core.plan import KEEP, Candidate, SiteInfo
+from fxcompress.core.ties import Tie, label_of
 from fxcompress.cost_model.select import GAP, Item, Limits, choose, select, undominated
 
 
@@ -71,6 +72,42 @@ def test_the_choice_is_the_brute_force_choice(seed, kind):
     assert getattr(total, "bytes" if kind == "loss" else "loss") == best
 
 
+def tied_instance(seed):
+    """-> (sites, two ties that share site 1, limits, the least loss of any choice that keeps them or None)."""
+    sites, rng = instance(seed, items=6), random.Random(seed)
+    labels = [[rng.choice("abc") for _ in items] for items in sites]
+    ties = [{0: labels[0], 1: labels[1]}, {1: ["a" if at == "a" else "b" for at in labels[1]], 3: labels[3]}]
+    limits = Limits(bytes=middling(sites, "bytes", rng.uniform(0.2, 0.9)))
+    every = itertools.product(*(range(len(items)) for items in sites))
+    kept = (totals(sites, picked) for picked in every if agree(ties, picked))
+    return sites, ties, limits, min((t.loss for t in kept if within(t, limits)), default=None)
+
+
+def agree(ties, picked):
+    return all(len({labels[picked[s]] for s, labels in tie.items()}) == 1 for tie in ties)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_tied_sites_get_one_label_and_the_choice_is_still_the_best(seed):
+    sites, ties, limits, best = tied_instance(seed)
+    if best is None:
+        with pytest.raises(InfeasibleBudgetError, match="no choice of rewrites meets every bound"):
+            select(sites, limits, ties)
+        return
+    found = select(sites, limits, ties)
+    assert agree(ties, found.picked)
+    assert within(totals(sites, found.picked), limits)
+    assert totals(sites, found.picked).loss == best
+
+
+def test_ties_that_bind_and_ties_that_forbid_occur_above():
+    outcomes = set()
+    for seed in range(60):
+        sites, _, limits, best = tied_instance(seed)
+        outcomes.add("forbid" if best is None else "bind" if best > brute_force(sites, limits, "loss") else "idle")
+    assert outcomes == {"forbid", "bind", "idle"}
+
+
 def test_both_outcomes_occur_among_the_instances_above():
     outcomes = set()
     for seed, kind in itertools.product(range(40), LIMITS):
@@ -127,12 +164,12 @@ def test_three_hundred_sites_of_thirty_candidates_are_solved_to_the_gap():
         assert not better
 
 
-def table(rows, fixed=0, kind="relative"):
+def table(rows, fixed=0, kind="relative", ties=()):
     """A plan without choices: rows = {site: [(spec, bytes, flops, loss), ...]}, keep first."""
     candidates = tuple(Candidate(s, spec, b, f, loss**0.5, loss) for s, row in rows.items() for spec, b, f, loss in row)
     original = fixed + sum(row[0][1] for row in rows.values())
     sites = tuple(SiteInfo(s, "linear", 10, 10) for s in rows)
-    return Plan(sites, (), candidates, (), Budget("1x"), original, fixed, kind, True, 0.0)
+    return Plan(sites, (), candidates, (), ties, Budget("1x"), original, fixed, kind, True, 0.0)
 
 
 TWO = table(
@@ -158,6 +195,30 @@ def test_a_size_budget_minimises_the_loss_within_it():
 def test_fixed_bytes_count_towards_the_size():
     assert specs(choose(TWO, Budget("600 B"))) == ["four", "four"]  # 100 + 250 + 250
     assert specs(choose(dataclasses.replace(TWO, fixed_bytes=101), Budget("600 B"))) == ["two", "four"]
+
+
+def test_tied_sites_get_one_rewrite():
+    rows = {name: [(c.spec, c.bytes, c.flops, c.loss) for c in TWO.candidates if c.site == name] for name in "ab"}
+    rows["b"] = [("other", *rest) if spec == "two" else (spec, *rest) for spec, *rest in rows["b"]]
+    tied = table(rows, fixed=100, ties=(Tie("spec", ("a", "b")),))
+    assert specs(choose(tied, Budget("1400 B"))) == ["four", "four"]  # "near" and "thin" are at one of them only
+    assert specs(choose(tied, Budget("1x"))) == [KEEP, KEEP]
+    with pytest.raises(InfeasibleBudgetError, match=r"reach from 1x .* to 3.50x"):
+        choose(tied, Budget("340 B"))
+
+
+@pytest.mark.parametrize(
+    ("by", "spec", "label"),
+    [
+        ("spec", "low_rank{rank=8} | fast", "low_rank{rank=8} | fast"),
+        ("units", "hidden_units{kept=96} | quantize{bits=4, group_size=0}", "hidden_units{kept=96}"),
+        ("units", "hidden_units{kept=96}", "hidden_units{kept=96}"),
+        ("units", "quantize{bits=4, group_size=0}", ""),
+        ("units", KEEP, ""),
+    ],
+)
+def test_labels(by, spec, label):
+    assert label_of(by, spec) == label
 
 
 def test_an_error_budget_minimises_the_bytes():

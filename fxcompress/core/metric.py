@@ -99,11 +99,11 @@ def _judge(site: Site) -> _Judge:
 
 def _judging_metric(site: Site) -> Tensor | None:
     s = site.statistics
-    if s.check is None:
-        return rounding_metric(site).columns
-    moment, mean = s.check
-    if not site.correctable or s.mean is None:
-        return moment
+    fitted = None if s.second_moment is None or s.mean is None else (s.second_moment, s.mean)
+    found = s.check or fitted
+    if found is None or not site.correctable or s.mean is None:
+        return s.second_moment if s.check is None else s.check[0]
+    moment, mean = found
     cross = torch.outer(mean, s.mean)
     return moment - cross - cross.T + torch.outer(s.mean, s.mean)
 
@@ -127,5 +127,10 @@ def _energy(a: Tensor, metric: Tensor | None) -> float:
 
 
 def _signal(w: Tensor, metric: Tensor | None) -> float:
-    """The same, to be divided by: never 0, though a weight or its inputs may be."""
-    return max(_energy(w, metric), 1e-200)
+    """The same, to be divided by. A weight that is all zero counts as one of float32's eps: any other yardstick would
+    call the rounding of nothing an enormous error."""
+    energy = _energy(w, metric)
+    if energy > 0:
+        return energy
+    inputs = float(w.shape[1]) if metric is None else float(metric.diagonal().sum())
+    return max(torch.finfo(torch.float32).eps ** 2 * inputs, 1e-200)

@@ -1,6 +1,6 @@
 """train() and eval() of a captured graph: dropout and batch norm carry their mode as an argument.
 
-    dropout(x, p, train)    batch_norm(x, w, b, mean, var, training, …)    scaled_dot_product_attention(q, k, v, mask, p)
+    dropout(x, p, train)    batch_norm(x, w, b, mean, var, training, …)    scaled_dot_product_attention(q, k, v, m, p)
 
 A graph captured in training mode remembers each such node's arguments; `switch` writes them in, or the eval ones.
 """

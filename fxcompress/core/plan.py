@@ -22,9 +22,10 @@ from tabulate import tabulate
 from fxcompress.core.budget import Budget
 from fxcompress.core.divergence import Kind, readable
 from fxcompress.core.errors import PlanError
+from fxcompress.core.ties import Tie
 from fxcompress.core.units import format_bytes
 
-FORMAT = 1
+FORMAT = 2
 KEEP = "keep"
 
 
@@ -58,6 +59,7 @@ class Plan:
     choices: tuple[Candidate, ...]
     candidates: tuple[Candidate, ...]
     refusals: tuple[tuple[str, str, str], ...]  # (site, rewrite, why)
+    ties: tuple[Tie, ...]
     budget: Budget
     original_bytes: int
     fixed_bytes: int
@@ -143,6 +145,7 @@ class Plan:
         for key in ("choices", "candidates"):
             data[key] = [[_rounded(entry[name]) for name in order] for entry in data[key]]
         data["sites"] = [list(s.values()) for s in data["sites"]]
+        data["ties"] = [[t["by"], *t["sites"]] for t in data["ties"]]
         return {"format": FORMAT, **data}
 
     @classmethod
@@ -156,6 +159,7 @@ class Plan:
                 tuple(Candidate(*entry) for entry in data["choices"]),
                 tuple(Candidate(*entry) for entry in data["candidates"]),
                 tuple((str(a), str(b), str(c)) for a, b, c in data["refusals"]),
+                tuple(Tie(by, tuple(names)) for by, *names in data["ties"]),
                 Budget(**data["budget"]),
                 int(data["original_bytes"]),
                 int(data["fixed_bytes"]),
@@ -171,7 +175,7 @@ class Plan:
     def to_text(self) -> str:
         """The saved form: JSON, one candidate a line."""
         data = self.to_json()
-        lists = ("sites", "choices", "candidates", "refusals")
+        lists = ("sites", "choices", "candidates", "refusals", "ties")
         parts = [f'"{k}": {json.dumps(v)}' for k, v in data.items() if k not in lists]
         for key in lists:
             body = ",\n  ".join(json.dumps(entry) for entry in data[key])

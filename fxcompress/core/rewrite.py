@@ -26,7 +26,7 @@ from fxcompress.core.metric import Metric
 from fxcompress.core.site import Site, Use
 
 _SPEC = re.compile(r"\s*([a-z_0-9]+)\s*(?:\{(.*)\})?\s*")
-_NEXT = re.compile(r",(?=\s*[a-z_]+\s*=)")  # the comma before a parameter, not one inside a value such as (8, 8)
+_NEXT = re.compile(r",(?=\s*[a-z_0-9]+\s*=)")  # the comma before a parameter, not one inside a value such as (8, 8)
 
 
 class Rewrite(ABC):
@@ -166,6 +166,10 @@ class Structure(Rewrite):
 
     def error_bound(self, site: Site) -> float:
         """A lower bound on the squared relative error over the calibration inputs, cheap: no storage gets lower."""
+        return 0.0
+
+    def input_error(self, site: Site) -> float:
+        """The squared relative error of what happens to the inputs (rounding them), which no weight shows."""
         return 0.0
 
     def unstored(self, site: Site) -> Tensor:
