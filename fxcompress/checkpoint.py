@@ -39,7 +39,7 @@ from fxcompress.core.errors import CheckpointError, FxcompressError
 from fxcompress.core.plan import Plan
 from fxcompress.core.signature import Signature, SignedModule
 from fxcompress.core.site import attribute
-from fxcompress.report import Report
+from fxcompress.report import Report, RestructureReport
 
 log = logging.getLogger("fxcompress.checkpoint")
 
@@ -52,14 +52,16 @@ MAX_GRAPH_BYTES = 1 << 30  # unpacked; a larger one is no graph of ours
 
 
 def save(compiled: SignedModule, folder: str | os.PathLike[str]) -> None:
-    """Write `compiled` (what `compile` or `load` returned) as a new folder.
+    """Write `compiled` (what `compile`, `restructure` or `load` returned) as a new folder, in eval mode.
 
     Nothing is overwritten. Raises `CheckpointError`.
     """
     target = Path(folder)
     refuse_existing(target)
-    if not isinstance(compiled, SignedModule) or "plan" not in compiled.meta:
-        raise CheckpointError(f"save takes what fxcompress.compile returned, not a {type(compiled).__name__}.")
+    if not isinstance(compiled, SignedModule) or "report" not in compiled.meta:
+        raise CheckpointError(
+            f"save takes what fxcompress.compile or restructure returned, not a {type(compiled).__name__}."
+        )
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +91,13 @@ def load(folder: str | os.PathLike[str]) -> SignedModule:
             tensors[alias] = tensors[name]
         gm = _graph(_unpack(contents[GRAPH]), tensors)
         told = json.loads(_unpack(contents[PLAN]))
+        signature = Signature.from_json(manifest["signature"])
+        if told["plan"] is None:
+            gm.meta.update(signature=signature, report=RestructureReport.from_json(told["report"]))
+            return gm
         plan = Plan.from_json(told["plan"])
         report = Report.from_json({**told["report"], "measured_bytes": int(manifest["measured_bytes"])})
-        return attach(gm, Signature.from_json(manifest["signature"]), plan, report)
+        return attach(gm, signature, plan, report)
     except FxcompressError:
         raise
     except Exception as error:
@@ -133,7 +139,7 @@ def _files(gm: SignedModule) -> dict[str, bytes]:
     files = {
         TENSORS: safetensors.torch.save(tensors),
         GRAPH: _pack(_program(gm)),
-        PLAN: _pack(_plan_text(gm.meta["plan"], gm.meta["report"])),
+        PLAN: _pack(_told(gm)),
     }
     manifest = {
         "format": FORMAT,
@@ -141,16 +147,20 @@ def _files(gm: SignedModule) -> dict[str, bytes]:
         "files": {n: {"bytes": len(c), "sha256": _sha256(c)} for n, c in files.items()},
         "aliases": aliases,
         "signature": gm.signature.to_json(),
-        "measured_bytes": f"{gm.meta['report'].measured_bytes:015d}",
+        "measured_bytes": f"{getattr(gm.report, 'measured_bytes', 0):015d}",
     }
     own = {"sha256": _sha256(json.dumps(manifest).encode())}
     return {**files, MANIFEST: json.dumps({**manifest, **own}).encode()}
 
 
-def _plan_text(plan: Plan, report: Report) -> bytes:
-    """measured_bytes is left to the manifest, at a fixed width: a compressed file must not hold its own size."""
-    told = {k: v for k, v in report.to_json().items() if k != "measured_bytes"}
-    return f'{{"plan": {plan.to_text()}, "report": {json.dumps(told)}}}'.encode()
+def _told(gm: SignedModule) -> bytes:
+    """Plan and report; no plan where `restructure` was told what to do.
+
+    measured_bytes is left to the manifest, at a fixed width: a compressed file must not hold its own size.
+    """
+    told = {k: v for k, v in gm.report.to_json().items() if k != "measured_bytes"}
+    plan = gm.meta["plan"].to_text() if "plan" in gm.meta else "null"
+    return f'{{"plan": {plan}, "report": {json.dumps(told)}}}'.encode()
 
 
 def _tensors(gm: SignedModule) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Predicted beside measured: bytes, the model's error on held-out batches, and each site's."""
+"""What was done: by `compile`, predicted beside measured (bytes, errors); by `restructure`, what each site became."""
 
 from __future__ import annotations
 
@@ -83,3 +83,40 @@ class Report:
 
     def dumps(self) -> str:
         return json.dumps(self.to_json())
+
+
+@dataclass(frozen=True)
+class Restructured:
+    """One site that a pattern matched."""
+
+    site: str
+    spec: str  # what it became; "keep" where the rewrite refused
+    why: str  # the refusal, a clause; empty where the rewrite was carried out
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class RestructureReport:
+    """Parameters are elements of matrices, however they are stored; of the whole model, a tied weight counts once."""
+
+    sites: tuple[Restructured, ...]
+    parameters_before: int
+    parameters_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RestructureReport:
+        return cls(**{**data, "sites": tuple(Restructured(**s) for s in data["sites"])})
+
+    def __str__(self) -> str:
+        rows = [
+            (s.site, s.spec if not s.why else f"keep: {s.why}", f"{s.parameters_before:,}", f"{s.parameters_after:,}")
+            for s in self.sites
+        ]
+        table = tabulate(rows, headers=["site", "rewrite", "parameters", "now"], disable_numparse=True,
+                         colalign=("left", "left", "right", "right"))  # fmt: skip
+        share = self.parameters_after / self.parameters_before
+        return f"{table}\n\n{self.parameters_before:,} -> {self.parameters_after:,} parameters ({share:.1%})"

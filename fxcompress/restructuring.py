@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 from fxcompress.api import observe, untouched
@@ -26,36 +24,7 @@ from fxcompress.core.site import Site, find_sites
 from fxcompress.core.surgery import finish, own_tensors
 from fxcompress.passes import REWRITES
 from fxcompress.passes.recipe import Recipe, parse
-
-
-@dataclass(frozen=True)
-class Restructured:
-    """One site that a pattern matched."""
-
-    site: str
-    spec: str  # what it became; "keep" where the rewrite refused
-    why: str  # the refusal, a clause; empty where the rewrite was carried out
-    parameters_before: int
-    parameters_after: int
-
-
-@dataclass(frozen=True)
-class RestructureReport:
-    """Parameters are elements of matrices, however they are stored; of the whole model, a tied weight counts once."""
-
-    sites: tuple[Restructured, ...]
-    parameters_before: int
-    parameters_after: int
-
-    def __str__(self) -> str:
-        rows = [
-            (s.site, s.spec if not s.why else f"keep: {s.why}", f"{s.parameters_before:,}", f"{s.parameters_after:,}")
-            for s in self.sites
-        ]
-        table = tabulate(rows, headers=["site", "rewrite", "parameters", "now"], disable_numparse=True,
-                         colalign=("left", "left", "right", "right"))  # fmt: skip
-        share = self.parameters_after / self.parameters_before
-        return f"{table}\n\n{self.parameters_before:,} -> {self.parameters_after:,} parameters ({share:.1%})"
+from fxcompress.report import Restructured, RestructureReport
 
 
 def restructure(

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.core.errors import CaptureError, InputError, NonFiniteError
-from fxcompress.core.modes import remember
+from fxcompress.core.modes import remember, switch
 from fxcompress.core.signature import Signature, SignedModule
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -117,8 +117,10 @@ def check_finite(model: nn.Module) -> None:
 
 
 def recapture(gm: SignedModule) -> torch.export.ExportedProgram:
-    """The graph back through torch.export, for saving; the call checks stay out of it."""
-    plain = fx.GraphModule(gm, gm.graph)
+    """The graph back through torch.export, in eval mode, for saving; the call checks stay out of it."""
+    twin = gm.copy()
+    switch(twin.graph, training=False)
+    plain = fx.GraphModule(twin, twin.graph)
     return export(plain, *gm.example())
 
 
