@@ -128,7 +128,7 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
             lost = min(_own_error(i, site) for i in structure.space(site))
             refused.append((structure.name, f"untrained it loses {lost**0.5:.0%} of the output; it is offered by name"))
             continue
-        mine = _estimates(site, structure, storages, trials, most, 1.0 if structure.needs_training else MOST_LOST)
+        mine = _estimates(site, structure, storages, trials, most, 1.0 if named else MOST_LOST)
         good = {str(e.recipe) for e in promising(mine)}
         if not good:
             refused.append((structure.name, _why_not(mine)))
