@@ -51,7 +51,7 @@ class Prober:
         for env, call, reference in zip(self.prefixes, self.calls, self.references):
             fork = dict(env)
             for read in reads:
-                fork[read] = weight.t() if site.transposed else weight
+                fork[read] = site.stored(weight)
             if bias is not None and site.uses[0].bias is not None:
                 fork[site.uses[0].bias] = bias
             divergence.add(reference, self._finish(fork, start, call))

@@ -11,20 +11,30 @@ model is projected before it is healed (init="project").
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from fxcompress.api import observe, untouched
+from fxcompress.core.attention import (
+    AttentionRewrite,
+    AttentionSample,
+    AttentionSite,
+    find_attention_sites,
+    observe_attention,
+)
 from fxcompress.core.errors import SpecError
+from fxcompress.core.rewrite import parse_spec
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site, find_sites
 from fxcompress.core.surgery import finish, own_tensors
-from fxcompress.passes import REWRITES
+from fxcompress.passes import ATTENTION_REWRITES, REWRITES
 from fxcompress.passes.recipe import Recipe, parse
 from fxcompress.report import Restructured, RestructureReport
+
+T = TypeVar("T")
 
 
 def restructure(
@@ -41,8 +51,9 @@ def restructure(
 
     rewrites: {pattern: spec}. Patterns are globs over site names (fnmatch, `*` crosses dots), the first that matches a
         site wins; a spec is what plans print: `"monarch{blocks=4}"`, `"low_rank{rank=64} | quantize{bits=8,
-        group_size=0}"`, `"keep"`. A `rank` below 1 is a share of the break-even rank. A site whose rewrite refuses, or
-        would not make it smaller, is kept and reported.
+        group_size=0}"`, `"keep"`. A `rank` below 1 is a share of the break-even rank. `"linformer{length=128}"` acts on
+        attention, named after the module that computes it. A site whose rewrite refuses, or would not make it smaller,
+        is kept and reported.
     init: "project" starts from the nearest weight of that form (in the metric of the inputs where `calibration` is
         given), "random" from a fresh draw of the same spread; everything no pattern matches keeps its values.
     example_inputs, calibration: as in `fxcompress.compile`.
@@ -55,19 +66,23 @@ def restructure(
     """
     if init not in ("project", "random"):
         raise SpecError(f"init={init!r}: allowed are 'project' and 'random'.")
-    wanted = {pattern: parse(spec, REWRITES) for pattern, spec in rewrites.items()}
+    wanted = {pattern: _parse(spec) for pattern, spec in rewrites.items()}
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     with untouched():
         original, known = observe(model, example_inputs, calibration, progress, trainable=True)
         work = original.copy()
-        sites = find_sites(work)
-        matched = _match(wanted, [s.name for s in sites])
+        sites, attentions = find_sites(work), find_attention_sites(work)
+        weighed, watched = _match(wanted, [s.name for s in sites], [s.name for s in attentions])
         generator = torch.Generator().manual_seed(seed)
         done = []
         for site in sites:
-            if site.name in matched:
-                done.append(_carry_out(work, known.informed(site), matched[site.name], init, generator))
-                site.forget()
+            if site.name in weighed:
+                done.append(_carry_out(work, known.informed(site), weighed[site.name], init, generator))
+        calls = known.held_out if known.calibrated else []
+        for attention in attentions:
+            if attention.name in watched:
+                samples = observe_attention(original, attention, calls)
+                done.append(_attend(work, attention, watched[attention.name], init, samples, generator))
         finish(work)
         own_tensors(work)
     for name, parameter in work.named_parameters():
@@ -78,17 +93,31 @@ def restructure(
     return work
 
 
-def _match(wanted: Mapping[str, Recipe], names: list[str]) -> dict[str, Recipe]:
-    """-> {site: the recipe of the first pattern that matches it}."""
-    for pattern in wanted:
+def _parse(spec: str) -> Recipe | AttentionRewrite:
+    """Of a weight or of an attention."""
+    known = {r.name: r for r in ATTENTION_REWRITES}
+    if spec.split("{")[0].strip() in known:
+        return parse_spec(spec, known)  # type: ignore[return-value]
+    return parse(spec, REWRITES)
+
+
+def _match(
+    wanted: Mapping[str, Recipe | AttentionRewrite], weights: list[str], attentions: list[str]
+) -> tuple[dict[str, Recipe], dict[str, AttentionRewrite]]:
+    """-> ({weight: recipe}, {attention: rewrite}), each of the first pattern that matches and has something for it."""
+    for pattern, what in wanted.items():
+        names, kind = (weights, "sites") if isinstance(what, Recipe) else (attentions, "attentions")
         if not fnmatch.filter(names, pattern):
-            shown = ", ".join(names[:8])
-            raise SpecError(
-                f"the pattern {pattern!r} matches none of the {len(names)} sites: "
-                f"{shown}{', …' if len(names) > 8 else ''}."
-            )
-    first = {n: next((r for p, r in wanted.items() if fnmatch.fnmatchcase(n, p)), None) for n in names}
-    return {name: recipe for name, recipe in first.items() if recipe is not None}
+            shown = f": {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else ""
+            raise SpecError(f"the pattern {pattern!r} matches none of the {len(names)} {kind}{shown}.")
+    recipes = {p: r for p, r in wanted.items() if isinstance(r, Recipe)}
+    others = {p: r for p, r in wanted.items() if not isinstance(r, Recipe)}
+    return _first(recipes, weights), _first(others, attentions)
+
+
+def _first(wanted: Mapping[str, T], names: list[str]) -> dict[str, T]:
+    found = {n: next((r for p, r in wanted.items() if fnmatch.fnmatchcase(n, p)), None) for n in names}
+    return {name: what for name, what in found.items() if what is not None}
 
 
 def _carry_out(
@@ -107,3 +136,21 @@ def _carry_out(
     made = recipe.make(site) if init == "project" else recipe.draw(site, generator)
     made.apply(work, site)
     return Restructured(site.name, str(recipe), "", before, recipe.parameters(site))
+
+
+def _attend(
+    work: SignedModule,
+    site: AttentionSite,
+    rewrite: AttentionRewrite,
+    init: str,
+    samples: Sequence[AttentionSample],
+    generator: torch.Generator,
+) -> Restructured:
+    """Rewrite one attention, or say why not; its projections are parameters the model did not have."""
+    why = rewrite.refuses(site)
+    if why is not None:
+        return Restructured(site.name, str(Recipe()), why, 0, 0)
+    rewrite = rewrite.at(site)
+    tensors = rewrite.factor(site, samples) if init == "project" else rewrite.draw(site, generator)
+    rewrite.apply(work, site, tensors)
+    return Restructured(site.name, str(rewrite), "", 0, sum(t.numel() for t in tensors.values()))

@@ -12,9 +12,36 @@
 if __name__ != "fxcompress.passes":  # a checkout on sys.path would load a second copy of every class
     raise ImportError("import fxcompress.passes, not passes")
 
+from fxcompress.core.attention import AttentionRewrite
 from fxcompress.core.rewrite import Rewrite
+from fxcompress.passes.block_low_rank import BlockLowRank
+from fxcompress.passes.float8 import Float8
+from fxcompress.passes.int8_dynamic import Int8Dynamic
+from fxcompress.passes.linformer import Linformer
 from fxcompress.passes.low_rank import LowRank
+from fxcompress.passes.monarch import Monarch
+from fxcompress.passes.prune import Prune
+from fxcompress.passes.prune_2_4 import Prune24
+from fxcompress.passes.prune_blocks import PruneBlocks
 from fxcompress.passes.quantize import Quantize
+from fxcompress.passes.quantize_residual import QuantizeResidual
 from fxcompress.passes.quantize_rows import QuantizeRows
+from fxcompress.passes.quaternion import Quaternion
+from fxcompress.passes.tensor_train import TensorTrain
 
-REWRITES: tuple[type[Rewrite], ...] = (Quantize, QuantizeRows, LowRank)
+REWRITES: tuple[type[Rewrite], ...] = (
+    Quantize,
+    QuantizeRows,
+    QuantizeResidual,
+    Float8,
+    Int8Dynamic,
+    LowRank,
+    BlockLowRank,
+    Monarch,
+    TensorTrain,
+    Quaternion,
+    Prune,
+    Prune24,
+    PruneBlocks,
+)
+ATTENTION_REWRITES: tuple[type[AttentionRewrite], ...] = (Linformer,)

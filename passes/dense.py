@@ -1,6 +1,6 @@
 """W as one matrix: the product stays what it is, and only how the matrix is kept can change.
 
-    y = x W^T + b     stays     y = x W'^T + b
+    y = x W^T + b     stays     y = x W'^T + b          a convolution stays the same convolution
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, fx
 
+from fxcompress.core.convolution import convolve
 from fxcompress.core.cost import Cost
 from fxcompress.core.metric import rounding_metric
 from fxcompress.core.rewrite import Operand, Store, Structure
@@ -34,7 +35,7 @@ class Dense(Structure):
     def space(cls, site: Site) -> Iterator[Self]:
         yield cls()
 
-    def shapes(self, site: Site) -> dict[str, tuple[int, int]]:
+    def matrices(self, site: Site) -> dict[str, tuple[int, int]]:
         return {"weight": (site.rows, site.columns)}
 
     def factor(self, site: Site, store: Store) -> None:
@@ -46,6 +47,8 @@ class Dense(Structure):
     def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
         if use.kind == "embedding":
             return operands["weight"].lookup(use.x)
+        if use.window is not None:
+            return convolve(graph, use.node, use.window, operands["weight"].read(), bias)
         args = (use.x, operands["weight"].read())
         return graph.call_function(torch.ops.aten.linear.default, (*args, bias) if bias is not None else args)
 

@@ -15,12 +15,16 @@ gets there by eigenvectors.
 V is stored first. Whatever storing did to it, U is then the least-squares answer to the stored V':
 U = W G V'^T (V' G V'^T)^-1, so a quantized V costs less than its own rounding error.
 
+A convolution becomes one of the same kernel, stride, padding and dilation to `rank` channels, and a 1 x 1 one from
+there: the same two products with patches in place of x (fxcompress.core.convolution), so the same V and U.
+
             flops                     weight elements      wins below
     dense   2 tokens out in           out in
     here    2 tokens rank (out+in)    rank (out + in)      rank < out in / (out + in)
 
 Papers: Wang et al., SVD-LLM, ICLR 2025 (arXiv 2403.07378), truncation-aware whitening; Chen et al., DRONE,
-NeurIPS 2021, the same minimiser; Cahyawijaya, Greenformers, 2021, low rank for transformers.
+NeurIPS 2021, the same minimiser; Cahyawijaya, Greenformers, 2021, low rank for transformers, and its toolkit
+(arXiv 2109.06762), for convolutions too.
 """
 
 from __future__ import annotations
@@ -33,11 +37,12 @@ import torch
 from torch import Tensor, fx
 
 import fxcompress.codegen.ops.low_rank_linear as op
-from fxcompress.core.cost import Cost
+from fxcompress.core.convolution import convolve, mix
+from fxcompress.core.cost import Cost, linear_cost
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, rounding_metric
 from fxcompress.core.rewrite import Operand, Store, Structure
-from fxcompress.core.site import Site, Use, tokens_of
+from fxcompress.core.site import Site, Use, tokens_of, use_cost
 
 RANK_STEPS = 8  # instances a site is offered, evenly spaced up to the largest useful rank
 ROW_CHUNK = 4096
@@ -98,7 +103,7 @@ class LowRank(Structure):
     name: ClassVar[str] = "low_rank"
     paper: ClassVar[str] = "arXiv 2403.07378"
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution")
 
     rank: int | float  # a share of the break-even rank where it is below 1
 
@@ -111,10 +116,14 @@ class LowRank(Structure):
             )
 
     def at(self, site: Site) -> Self:
-        """A share becomes floor(share r_max), r_max = floor(out in / (out + in)) (greenformer, arXiv 2109.06762)."""
+        """A share becomes floor(share r_max), r_max = floor(out in / (out + in)), `in` the channels of a convolution,
+        whatever its kernel (greenformer, arXiv 2109.06762).
+        """
         rank = self.rank
         if isinstance(rank, float):
-            rank = max(1, int(rank * (site.weight.numel() // (site.rows + site.columns))))
+            window = site.uses[0].window
+            fan_in = site.columns if window is None else window.channels
+            rank = max(1, int(rank * (site.rows * fan_in // (site.rows + fan_in))))
         resolved = type(self)(rank)
         resolved.check(site)
         return resolved
@@ -141,7 +150,7 @@ class LowRank(Structure):
         top = max(1, min(site.rows, site.columns) * 3 // 4)
         yield from (cls(rank) for rank in sorted({max(1, top * i // RANK_STEPS) for i in range(1, RANK_STEPS + 1)}))
 
-    def shapes(self, site: Site) -> dict[str, tuple[int, int]]:
+    def matrices(self, site: Site) -> dict[str, tuple[int, int]]:
         return {"v": (int(self.rank), site.columns), "u": (site.rows, int(self.rank))}
 
     def error_bound(self, site: Site) -> float:
@@ -176,13 +185,19 @@ class LowRank(Structure):
             rows = operands["u"].lookup(use.x)
             transposed = graph.call_function(torch.ops.aten.t.default, (operands["v"].read(),))
             return graph.call_function(torch.ops.aten.linear.default, (rows, transposed))
+        if use.window is not None:
+            inner = convolve(graph, use.node, use.window, operands["v"].read(), None)
+            return mix(graph, inner, use.window, operands["u"].read(), int(self.rank), bias)
         args = (use.x, operands["v"].read(), operands["u"].read())
         return graph.call_function(
             torch.ops.fxcompress.low_rank_linear.default, (*args, bias) if bias is not None else args
         )
 
     def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
-        return op.cost(tokens_of(use), rows, columns, int(self.rank), weight_bytes, itemsize)
+        tokens, rank = tokens_of(use), int(self.rank)
+        if use.window is not None:
+            return use_cost(use, rank, columns, weight_bytes, itemsize) + linear_cost(tokens, rows, rank, 0, itemsize)
+        return op.cost(tokens, rows, columns, rank, weight_bytes, itemsize)
 
 
 def _refit(w: Tensor, v: Tensor, metric: Tensor | None, fallback: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
     trials: list[Trial] = []
     refused: list[tuple[str, str]] = []
     most = (1 - budget.min_gain) * site.dense_bytes
-    storages = [r for r in rewrites if issubclass(r, Storage) and not _refused(r, site, refused)]
+    weighed = [r for r in rewrites if not _refused(r, site, budget, named, refused)]
+    storages = [r for r in weighed if issubclass(r, Storage)]
     for storage in storages:
         for instance, error in storage.dense_errors(site).items():
             recipe = Recipe(storage=instance)
@@ -123,11 +124,7 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
     promising = partial(_promising, rivals=trials) if budget.flops is None else list
     estimates: list[Trial] = []
     kept: set[str] = set()
-    for structure in (r for r in rewrites if issubclass(r, Structure) and not _refused(r, site, refused)):
-        if structure.needs_training and not named:
-            lost = min(_own_error(i, site) for i in structure.space(site))
-            refused.append((structure.name, f"untrained it loses {lost**0.5:.0%} of the output; it is offered by name"))
-            continue
+    for structure in (r for r in weighed if issubclass(r, Structure)):
         mine = _estimates(site, structure, storages, trials, most, 1.0 if named else MOST_LOST)
         good = {str(e.recipe) for e in promising(mine)}
         if not good:
@@ -156,7 +153,7 @@ def _estimates(
     kinds = (None, *(s for kind in storages for s in kind.for_factors(site)))
     found = []
     for instance in structure.space(site):
-        stored = kinds if instance.shapes(site) else (None,)
+        stored = kinds if instance.matrices(site) else (None,)
         recipes = [r for s in stored if (r := Recipe(instance, s)).stored_bytes(site) <= most]
         if not recipes or instance.error_bound(site) > most_lost:
             continue
@@ -209,8 +206,10 @@ def _candidate(site: Site, recipe: Recipe, squared: float, loss: float, sizes: M
     )
 
 
-def _refused(rewrite: type[Rewrite], site: Site, refused: list[tuple[str, str]]) -> bool:
-    why = rewrite.refuses(site)
+def _refused(
+    rewrite: type[Rewrite], site: Site, budget: Budget, named: bool, refused: list[tuple[str, str]]
+) -> bool:
+    why = rewrite.refuses(site) or (None if named else rewrite.unasked(site, budget))
     if why:
         refused.append((rewrite.name, why))
     return why is not None

@@ -2,11 +2,15 @@
 
     w' = s (q - z)        stored: bits + 12 / group_size bits a weight (fxcompress.codegen.ops.dequantize)
 
+    symmetric       z is the middle of the codes and not stored: bits + 8 / group_size bits a weight
+    power_of_two    s is 2^integer, so that a multiply is a shift; the same bytes
+
 The rounding minimises the error in the metric of the site's inputs (fxcompress.passes.rounding): error feedback where
 calibration gave a metric, MSE-optimal scales and zeros where it did not.
 
 Papers: Frantar et al., GPTQ, ICLR 2023 (arXiv 2210.17323); Badri & Shaji, HQQ, 2023 (zeros and scales by optimisation,
-no data); Behdin et al., QuantEase (arXiv 2309.01885); blockwise scales for every tensor: BCT (arXiv 2304.01483).
+no data); Behdin et al., QuantEase (arXiv 2309.01885); blockwise scales, powers of two, for every tensor: BCT
+(arXiv 2304.01483).
 """
 
 from __future__ import annotations
@@ -19,14 +23,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
-from fxcompress.codegen.ops.dequantize import dequantize, stored_bytes
+from fxcompress.codegen.ops.dequantize import dequantize, stored_bytes, zero_bytes
 from fxcompress.codegen.packing import BITS, pack, packed_bytes
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
 from fxcompress.passes import rounding
-from fxcompress.passes.rounding import Rounded
+from fxcompress.passes.grid import LOGARITHMIC, MIDDLE, POWERS_OF_TWO, SIXTEENTHS, Lattice, Rounded
 
 GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row
 TRIED = ((2, 0), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 0))
@@ -45,6 +49,8 @@ class Quantize(Storage):
 
     bits: int
     group_size: int
+    symmetric: bool = False
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -53,6 +59,16 @@ class Quantize(Storage):
             raise SpecError(
                 f"quantize group_size={self.group_size!r}: allowed are 32, 64, 128, and 0 for the whole row."
             )
+        for name in ("symmetric", "power_of_two"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise SpecError(f"quantize {name}={value!r}: allowed are True and False.")
+        if self.symmetric:
+            object.__setattr__(self, "keys", tuple(key for key in self.keys if key != "zeros"))
+
+    @property
+    def lattice(self) -> Lattice:
+        """What its scales and zeros may be."""
+        return Lattice(POWERS_OF_TWO if self.power_of_two else LOGARITHMIC, MIDDLE if self.symmetric else SIXTEENTHS)
 
     @classmethod
     def refuses(cls, site: Site) -> str | None:
@@ -83,35 +99,35 @@ class Quantize(Storage):
         return {q: local_error(site, r.read()) for q, r in zip(settings, made)}
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
-        return stored_bytes(rows, columns, self.bits, self.group(columns))
+        return stored_bytes(rows, columns, self.bits, self.group(columns), self.symmetric)
 
     def encode(self, matrix: Tensor, metric: Metric) -> dict[str, Tensor]:
         """codes (rows, packed), scales (rows, groups), zeros (rows, groups / 2) uint8, grid (2,) float32."""
         x = matrix.float().T.contiguous()
         ((codes, grid, _),) = _round(x, metric, [self])
-        return {
-            "codes": pack(codes.T.contiguous(), self.bits),
-            "scales": grid.scale_codes.T.contiguous(),
-            "zeros": pack(grid.zero_codes.T.contiguous(), 4),
-            "grid": torch.tensor([grid.base, grid.step], dtype=torch.float32),
-        }
+        tensors = {"codes": pack(codes.T.contiguous(), self.bits), "scales": grid.scale_codes.T.contiguous()}
+        if grid.zero_codes is not None:
+            zeros = pack(grid.zero_codes.T.contiguous(), 4)
+            tensors["zeros"] = zeros[:, : zero_bytes(len(grid.scale))].contiguous()
+        return {**tensors, "grid": torch.tensor([grid.base, grid.step], dtype=torch.float32)}
 
     def empty(self, columns: int) -> dict[str, Tensor]:
         """What `encode` makes of no rows."""
         groups = -(-columns // (self.group(columns) or columns))
-        widths = {"codes": packed_bytes(columns, self.bits), "scales": groups, "zeros": packed_bytes(groups, 4)}
-        return {**{k: torch.empty(0, w, dtype=torch.uint8) for k, w in widths.items()}, "grid": torch.zeros(2)}
+        widths = {"codes": packed_bytes(columns, self.bits), "scales": groups, "zeros": zero_bytes(groups)}
+        made = {key: torch.empty(0, width, dtype=torch.uint8) for key, width in widths.items() if key in self.keys}
+        return {**made, "grid": torch.zeros(2)}
 
     def decode(self, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        matrix: Tensor = dequantize(*(tensors[k] for k in self.keys), *self.constants(like))
+        matrix: Tensor = dequantize(*(tensors.get(k) for k in Quantize.keys), *self.constants(like))
         return matrix
 
     def read(self, graph: fx.Graph, tensors: Mapping[str, fx.Node], like: Tensor) -> fx.Node:
-        args: tuple[Argument, ...] = (*(tensors[k] for k in self.keys), *self.constants(like))
+        args: tuple[Argument, ...] = (*(tensors.get(k) for k in Quantize.keys), *self.constants(like))
         return graph.call_function(torch.ops.fxcompress.dequantize.default, args)
 
     def lookup(self, graph: fx.Graph, tensors: Mapping[str, fx.Node], like: Tensor, ids: fx.Node) -> fx.Node:
-        args: tuple[Argument, ...] = (ids, *(tensors[k] for k in self.keys), *self.constants(like))
+        args: tuple[Argument, ...] = (ids, *(tensors.get(k) for k in Quantize.keys), *self.constants(like))
         return graph.call_function(torch.ops.fxcompress.quantized_embedding.default, args)
 
     def constants(self, like: Tensor) -> tuple[int, int, int, torch.dtype]:
@@ -125,7 +141,7 @@ class Quantize(Storage):
 
 def is_table(site: Site) -> bool:
     """A vocabulary: many rows, read by number."""
-    return site.rows >= LARGE_TABLE and site.kind != "linear"
+    return site.rows >= LARGE_TABLE and site.kind in ("embedding", "tied")
 
 
 def rounded_table(site: Site) -> dict[Quantize, Rounded]:
@@ -140,7 +156,7 @@ def _round(x: Tensor, metric: Metric, settings: list[Quantize]) -> list[Rounded]
     columns, curve = len(x), metric.analysis(rounding.curvature)
     importance = None if metric.columns is None else metric.columns.diagonal()
     groups = [q.group(columns) or columns for q in settings]
-    grids = [rounding.fit(x, q.bits, g, importance) for q, g in zip(settings, groups)]
+    grids = [rounding.fit(x, q.bits, g, importance, q.lattice) for q, g in zip(settings, groups)]
     bits = [q.bits for q in settings]
     if curve is None:
         return [Rounded(rounding.nearest(x, g, b, n), g, n) for g, b, n in zip(grids, bits, groups)]

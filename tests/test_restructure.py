@@ -41,6 +41,17 @@ def test_greenformers_totals(make, rewrites, before, after):
     assert small.report.parameters_before == before
 
 
+# The paper counts R = 16, 32 and 64 without the biases of the MLPs, R = 80 with them.
+@pytest.mark.parametrize(("rank", "total"), [(16, 68_085_504), (32, 71_756_544), (64, 83_606_784), (80, 107_698_944)])
+def test_tensor_train_gpt2s_totals(rank, total):
+    small = fxcompress.restructure(
+        gpt2(), {"transformer.h.*.mlp.*": f"tensor_train{{rank={rank}}}"}, init="random", progress=False
+    )
+    biases = sum(p.numel() for name, p in small.named_parameters() if ".mlp." in name and name.endswith("bias"))
+    assert biases == 12 * (3072 + 768)
+    assert parameters(small) - (biases if rank < 80 else 0) == total
+
+
 def tiny(**changes):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     return transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=99, **changes))
@@ -134,6 +145,40 @@ def test_the_first_pattern_that_matches_wins_and_stars_cross_dots():
     assert "encoder.layer.1.attention.self.key" not in specs
 
 
+@pytest.mark.parametrize("init", ["project", "random"])
+def test_every_structure_trains(init):
+    rewrites = {
+        "*.0.*query": "quaternion",
+        "*.0.*key": "monarch{blocks=4, rank=2}",
+        "*.0.*value": "block_low_rank{blocks=2, rank=4}",
+        "*.0.attention.output.dense": "prune{sparsity=0.5}",
+        "*.0.intermediate.dense": "tensor_train{rank=4}",
+        "*.0.output.dense": "low_rank{rank=0.5}",
+        "*.1.*query": "prune_2_4",
+        "*.1.attention.self": "linformer{length=4, max_length=12}",
+    }
+    small = fxcompress.restructure(tiny(), rewrites, init=init, progress=False)
+    assert {s.why for s in small.report.sites} == {""}
+    loss = small(input_ids=IDS).last_hidden_state.square().sum()
+    loss.backward()
+    still = [n for n, p in small.named_parameters() if p.grad is None or not float(p.grad.abs().max()) > 0]
+    assert all(n.startswith("pooler") or n.endswith("key.bias") for n in still), still
+    optimizer = torch.optim.SGD(small.parameters(), lr=1e-3)
+    optimizer.step()
+    assert float(small(input_ids=IDS).last_hidden_state.square().sum().detach()) < float(loss.detach())
+
+
+def test_a_causal_attention_is_kept_and_the_reason_reported():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99))
+    ids = {"input_ids": IDS}
+    report = fxcompress.restructure(
+        model, {"transformer.*": "linformer{length=4, max_length=12}"}, example_inputs=ids, progress=False
+    ).report
+    (site,) = report.sites
+    assert site.spec == "keep"
+    assert site.why == "its attention is causal: a landmark would show a query the positions after it"
+
+
 def test_frozen_parameters_stay_frozen():
     model = tiny()
     model.embeddings.requires_grad_(False)
@@ -166,6 +211,7 @@ def test_a_site_that_would_not_shrink_is_kept_and_reported(golden):
     ("rewrites", "said"),
     [
         ({"decoder.*": "keep"}, r"the pattern 'decoder\.\*' matches none of the 16 sites: embeddings\.wor.*…"),
+        ({"nothing": "linformer{length=4}"}, r"the pattern 'nothing' matches none of the 2 attentions: encoder\.la"),
         ({"*query": "low_rank{rank=0}"}, "low_rank rank=0 must be a whole number of at least 1"),
         (
             {"*query": "low_rank{rank=33}"},

@@ -14,6 +14,7 @@ from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.site import Statistics, find_sites
 from fxcompress.passes import REWRITES, rounding
+from fxcompress.passes import grid as grids
 from fxcompress.passes.propose import trials_of
 from fxcompress.passes.quantize import LARGE_TABLE, Quantize
 from fxcompress.passes.quantize_rows import TIERS, QuantizeRows
@@ -74,7 +75,7 @@ def test_error_feedback_beats_plain_rounding_in_the_metric_of_correlated_inputs(
     x = weight.T.contiguous()
     size = group or 96
     grid = rounding.fit(x, bits, size, moment.diagonal())
-    plain = rounding.read_back(rounding.nearest(x, grid, bits, size), grid, size).T
+    plain = grids.read_back(rounding.nearest(x, grid, bits, size), grid, size).T
     without = round_trip(setting, weight)
     assert energy(weight - fed, moment) < 0.8 * energy(weight - plain, moment)
     assert energy(weight - fed, moment) < 0.8 * energy(weight - without, moment)
@@ -95,7 +96,7 @@ def test_more_bits_and_smaller_groups_lose_less():
 @given(st.lists(st.floats(-15.9, 0), min_size=1, max_size=40), st.floats(-20, 20), st.sampled_from([2, 3, 4, 8]))
 def test_a_snapped_scale_is_off_by_half_a_logarithmic_step(logs, level, bits):
     scale = torch.exp2(torch.tensor([logs]) + level)
-    grid = rounding.snap(scale, torch.zeros_like(scale), bits)
+    grid = grids.snap(scale, torch.zeros_like(scale), bits)
     span = max(logs) - min(logs)
     # Half a step of span / 255 octaves; log2 and exp2 in float32 of exponents up to 36 cost 36 * 2^-23 more, twice.
     bound = 2 ** (span / 255 / 2 + 4 * 36 * 2**-23) - 1
@@ -104,14 +105,14 @@ def test_a_snapped_scale_is_off_by_half_a_logarithmic_step(logs, level, bits):
 
 def test_scales_below_sixteen_octaves_of_the_largest_are_raised_to_it():
     scale = torch.tensor([[1.0, 2.0**-16, 2.0**-30, 0.0]])
-    grid = rounding.snap(scale, torch.zeros_like(scale), 4)
+    grid = grids.snap(scale, torch.zeros_like(scale), 4)
     assert grid.scale.squeeze().log2().tolist() == pytest.approx([0, -16, -16, -16], abs=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_snapped_zero_is_off_by_half_a_sixteenth_of_the_code_range(bits):
     zero = torch.linspace(-0.5, 2**bits - 0.5 - 2**bits / 16, 97).unsqueeze(0)
-    grid = rounding.snap(torch.ones_like(zero), zero, bits)
+    grid = grids.snap(torch.ones_like(zero), zero, bits)
     assert float((grid.zero - zero).abs().max()) <= 2**bits / 32 + 1e-5
 
 
@@ -123,13 +124,13 @@ def test_a_weight_between_the_ends_of_its_grid_is_off_by_half_a_scale(setting):
     x = weight.T.contiguous()
     grid = rounding.fit(x, setting.bits, size, None)
     codes = rounding.nearest(x, grid, setting.bits, size)
-    scale, _ = rounding.spread(grid, size, columns)
+    scale, _ = grids.spread(grid, size, columns)
     inside = (codes > 0) & (codes < 2**setting.bits - 1)
-    off = (rounding.read_back(codes, grid, size) - x).abs()
+    off = (grids.read_back(codes, grid, size) - x).abs()
     assert int(inside.sum()) > 0.2 * inside.numel()
     assert bool((off <= scale * (0.5 + 1e-4))[inside].all())
     # The same formula, but the vectorised exp2 of another layout may differ in the last place.
-    read_back = rounding.read_back(codes, grid, size).T
+    read_back = grids.read_back(codes, grid, size).T
     torch.testing.assert_close(round_trip(setting, weight), read_back, rtol=2**-22, atol=0)
 
 
@@ -276,16 +277,15 @@ SITES = {
 @pytest.mark.parametrize("name", SITES)
 def test_what_is_made_has_the_error_and_the_bytes_its_candidate_claims(name):
     site = SITES[name]()
-    trials, _ = trials_of(site, REWRITES, Budget("4x"))
+    ((_, trials, _),) = trials_of([site], REWRITES, Budget("4x"))
     families = {type(p).name for t in trials for p in (t.recipe.structure, t.recipe.storage) if p is not None}
     assert {"quantize", "low_rank"} <= families | ({"low_rank"} if name in ("no data", "table") else set())
     assert ("quantize_rows" in families) == (name == "table")
-    room = 0.05 if name == "table" else 0.02  # row tiers: each tier's scales get a finer grid than the whole table's
     for trial in trials[:: 6 if name == "table" else 1]:
         made = parse(str(trial.recipe), REWRITES).make(site)
-        # The 2 % of passes/__init__.py covers low rank, whose claim is made before its factors are rounded and damped;
-        # 1e-6 is float32 against float64 in the energies.
-        assert local_error(site, made.weight) == pytest.approx(trial.error, rel=room, abs=1e-6), str(trial.recipe)
+        # The 2 % of passes/__init__.py covers low rank, whose claim is made before its factors are rounded and damped,
+        # and row tiers, which are rounded to grids of their own; 1e-6 is float32 against float64 in the energies.
+        assert local_error(site, made.weight) == pytest.approx(trial.error, rel=0.02, abs=1e-6), str(trial.recipe)
         assert sum(t.numel() * t.element_size() for t in made.tensors.values()) == trial.bytes
         assert all(t.is_contiguous() for t in made.tensors.values())
 
@@ -302,7 +302,7 @@ def test_settings_rounded_together_are_each_what_they_are_alone(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_sites_keep_what_their_candidates_claim(dtype):
     site = linear_site(dtype=dtype)
-    trials, _ = trials_of(site, REWRITES, Budget("4x"))
+    ((_, trials, _),) = trials_of([site], REWRITES, Budget("4x"))
     assert trials
     for trial in trials:
         made = trial.recipe.make(site)

@@ -1,17 +1,19 @@
 """Packed codes -> weight.
 
     w = scale (code - zero)      scale = 2^(grid_0 + grid_1 scale_code)      zero = 2^bits zero_code / 16 - 1/2
+                                                                             or 2^(bits-1) - 1/2 where none are kept
 
     codes   uint8 (..., packed_bytes(columns, bits))    fxcompress.codegen.packing
     scales  uint8 (..., groups)                         groups = ceil(columns / group_size); group_size 0: the whole row
-    zeros   uint8 (..., ceil(groups / 2))               two 4-bit zero_codes a byte, low half first
+    zeros   uint8 (..., ceil(groups / 2)) or None       two 4-bit zero_codes a byte, low half first
     grid    float32 (2,)                                log2 of the smallest scale, and of the ratio between neighbours
     ->      dtype (..., columns)
 
 A scale kept as a logarithm costs 8 bits instead of 16 and needs no super-scale per row; rounding happens against the
-scale that is stored, so nothing is lost by it. Half-integer zeros make the symmetric grids of 2 bits, (-3, -1, 1, 3)/2,
-exactly representable. Stored: bits + 12 / group_size bits a weight. Reading it costs one multiply and one subtract a
-weight.
+scale that is stored, so nothing is lost by it. With an integer grid_0 and grid_1 = 1 every scale is a power of two and
+every multiply a shift. Half-integer zeros make the symmetric grids of 2 bits, (-3, -1, 1, 3)/2, exactly representable.
+Stored: bits + 12 / group_size bits a weight, bits + 8 / group_size without zeros. Reading it costs one multiply and one
+subtract a weight.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from fxcompress.codegen.packing import packed_bytes, unpack
 def dequantize(
     codes: Tensor,
     scales: Tensor,
-    zeros: Tensor,
+    zeros: Tensor | None,
     grid: Tensor,
     bits: int,
     group_size: int,
@@ -37,7 +39,9 @@ def dequantize(
     groups = scales.shape[-1]
     size = group_size or columns
     scale = torch.exp2(grid[0] + grid[1] * scales.float())
-    zero = unpack(zeros, 4, groups).float() * (2.0**bits / 16) - 0.5
+    # code 8 of 16 is the middle, 2^(bits-1) - 1/2
+    zero_codes = torch.full_like(scales, 8) if zeros is None else unpack(zeros, 4, groups)
+    zero = zero_codes.float() * (2.0**bits / 16) - 0.5
     values = unpack(codes, bits, columns).float()
     if columns % size:  # a short last group
         values = torch.nn.functional.pad(values, (0, groups * size - columns))
@@ -49,7 +53,7 @@ def dequantize(
 def _(
     codes: Tensor,
     scales: Tensor,
-    zeros: Tensor,
+    zeros: Tensor | None,
     grid: Tensor,
     bits: int,
     group_size: int,
@@ -59,7 +63,12 @@ def _(
     return codes.new_empty(*codes.shape[:-1], columns, dtype=dtype)
 
 
-def stored_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
-    """Bytes of codes, scales, zeros and grid of a (rows, columns) weight."""
+def zero_bytes(groups: int) -> int:
+    """Bytes of one row of zeros."""
+    return -(-groups // 2)
+
+
+def stored_bytes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool = False) -> int:
+    """Bytes of codes, scales, zeros (none where `symmetric`) and grid of a (rows, columns) weight."""
     groups = -(-columns // (group_size or columns))
-    return rows * (packed_bytes(columns, bits) + groups + packed_bytes(groups, 4)) + 8
+    return rows * (packed_bytes(columns, bits) + groups + (0 if symmetric else zero_bytes(groups))) + 8

@@ -19,7 +19,7 @@ def quantized_embedding(
     ids: Tensor,
     codes: Tensor,
     scales: Tensor,
-    zeros: Tensor,
+    zeros: Tensor | None,
     grid: Tensor,
     bits: int,
     group_size: int,
@@ -27,7 +27,8 @@ def quantized_embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """Gather, then dequantize. An id outside the vocabulary raises IndexError, as aten.embedding does."""
-    c, s, z = (F.embedding(ids, t) for t in (codes, scales, zeros))  # unlike t[ids], it refuses negative ids
+    # F.embedding, unlike t[ids], refuses negative ids
+    c, s, z = (None if t is None else F.embedding(ids, t) for t in (codes, scales, zeros))
     rows: Tensor = dequantize(c, s, z, grid, bits, group_size, columns, dtype)
     return rows
 
@@ -37,7 +38,7 @@ def _(
     ids: Tensor,
     codes: Tensor,
     scales: Tensor,
-    zeros: Tensor,
+    zeros: Tensor | None,
     grid: Tensor,
     bits: int,
     group_size: int,

@@ -4,6 +4,7 @@
                  G = H, or H - mu mu^T where a bias absorbs D mu
     embedding    e = sum_r p_r D_r M D_r^T / sum_r p_r W_r M W_r^T
                  p_r the probability of row r, M how the output reacts to the row
+    convolution  as linear, with the patches it sees in place of x
     tied         the mean of both
     no data      G = H = M = I, p = 1
 

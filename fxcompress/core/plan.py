@@ -46,7 +46,7 @@ class SiteInfo:
     """What a plan remembers of a site, to print it and to tell whether it fits a model."""
 
     name: str
-    kind: str  # linear, embedding, tied
+    kind: str  # linear, embedding, tied, convolution
     rows: int
     columns: int
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, fx
 
+from fxcompress.core.budget import Budget
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric
@@ -45,6 +46,11 @@ class Rewrite(ABC):
     @abstractmethod
     def space(cls, site: Site) -> Iterator[Self]:
         """The instances worth costing here, cheapest first."""
+
+    @classmethod
+    def unasked(cls, site: Site, budget: Budget) -> str | None:
+        """Why it is not weighed here unless the user asks for it by name, a clause; None if it is."""
+        return None
 
     @classmethod
     def unserved(cls, site: Site) -> str | None:
@@ -154,10 +160,9 @@ class Structure(Rewrite):
     """How a weight is expressed by matrices."""
 
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
-    needs_training: ClassVar[bool] = False  # a trained weight survives it badly: offered by name, or to be trained
 
     @abstractmethod
-    def shapes(self, site: Site) -> dict[str, tuple[int, int]]:
+    def matrices(self, site: Site) -> dict[str, tuple[int, int]]:
         """(rows, columns) of each matrix `factor` stores, in its order."""
 
     def kept_bytes(self, site: Site) -> int:
@@ -180,7 +185,7 @@ class Structure(Rewrite):
 
     @abstractmethod
     def factor(self, site: Site, store: Store) -> None:
-        """Project the site's weight: store every matrix of `shapes`, keep everything else."""
+        """Project the site's weight: store every one of `matrices`, keep everything else."""
 
     @abstractmethod
     def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
@@ -191,7 +196,7 @@ class Structure(Rewrite):
         spread of the site's own. What is kept beside the matrices is drawn from the site as `factor` does it."""
         itemtype, made = site.weight.dtype, Store()
         self.factor(site, made)
-        factors = {name: torch.randn(shape, generator=generator) for name, shape in self.shapes(site).items()}
+        factors = {name: torch.randn(shape, generator=generator) for name, shape in self.matrices(site).items()}
         spread = float(self.dense({**made.read, **factors}, site).float().std())
         gain = (float(site.weight.float().std()) / spread) ** (1 / len(factors)) if spread > 0 else 1.0
         for name, factor in factors.items():

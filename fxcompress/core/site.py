@@ -1,7 +1,9 @@
 """A site: one weight matrix, every node that reads it, and what calibration knows about its inputs.
 
-    linear     y = x W^T + b     aten.linear, addmm, mm, matmul with a constant weight (Conv1D's is read transposed)
-    embedding  y = W[ids]        aten.embedding
+    linear        y = x W^T + b        aten.linear, addmm, mm, matmul with a constant weight (Conv1D's is transposed)
+    convolution   y[t] = W p[t] + b    aten.conv1d, conv2d, conv3d, convolution; p[t] the patch at output position t
+                                       (fxcompress.core.convolution)
+    embedding     y = W[ids]           aten.embedding
 
 A weight read by several nodes (tied embeddings, shared layers) is one site: one decision, one set of stored tensors.
 """
@@ -9,13 +11,14 @@ A weight read by several nodes (tied embeddings, shared layers) is one site: one
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import sympy
 import torch
 from torch import Tensor, fx
 
+from fxcompress.core.convolution import TARGETS, Window
 from fxcompress.core.cost import ZERO, Cost, linear_cost
 
 T = TypeVar("T")
@@ -27,14 +30,16 @@ _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.nu
 class Use:
     """One node that reads the weight. x and bias are read off the node each time: surgery may have replaced them."""
 
-    kind: Literal["linear", "embedding"]
+    kind: Literal["linear", "embedding", "convolution"]
     node: fx.Node
     x_at: int  # position of x among the node's arguments
     bias_at: int | None = None
+    window: Window | None = None  # of a convolution
+    key: str = ""  # names its inputs for calibration: x as it was found, and the window; Q, K and V have one in common
 
     @property
     def x(self) -> fx.Node:
-        """(..., in) activations, or (...) integer ids."""
+        """(..., in) activations, (N, channels, *sizes) or (channels, *sizes) of a convolution, or (...) integer ids."""
         return self.node.args[self.x_at]  # type: ignore[return-value]
 
     @property
@@ -48,7 +53,7 @@ class Use:
 class Statistics:
     """What calibration saw at a site; None where there was no data.
 
-    second_moment: E[x x^T] (in, in) float64 over the inputs of its linear uses
+    second_moment: E[x x^T] (in, in) float64 over the inputs of its linear uses, or the patches of its convolutions
     mean: E[x] (in,) float64
     check: the same two over held-out inputs, (E[x x^T], E[x]); errors are judged by them (a fit to H flatters H)
     sample: a few of the inputs themselves (tokens, in) float32, for what no moment tells (ranges, rounding of x)
@@ -66,7 +71,9 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One weight (rows, columns): (out_features, in_features) of a linear, (vocabulary, features) of an embedding."""
+    """One weight (rows, columns): (out_features, in_features) of a linear, (vocabulary, features) of an embedding,
+    (out_channels, in_channels prod(kernel)) of a convolution.
+    """
 
     name: str  # fully qualified name of the weight's owner, "encoder.layer.0.attention.self.query"
     paths: tuple[str, ...]  # every attribute of the GraphModule that is this tensor, "….query.weight"
@@ -86,7 +93,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """linear, embedding, or tied (both)."""
+        """linear, embedding, convolution, or tied (linear and embedding)."""
         kinds = {use.kind for use in self.uses}
         return "tied" if len(kinds) > 1 else next(iter(kinds))
 
@@ -103,9 +110,16 @@ class Site:
 
     @property
     def correctable(self) -> bool:
-        """True where a bias can absorb the mean of the error: the one use is a linear with a bias of its own."""
+        """True where a bias can absorb the mean of the error: the one use is a product with a bias of its own."""
         bias = self.uses[0].bias
-        return len(self.uses) == 1 and self.kind == "linear" and bias is not None and len(bias.users) == 1
+        return len(self.uses) == 1 and self.kind != "embedding" and bias is not None and len(bias.users) == 1
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """`weight` (rows, columns) in the shape of the attribute."""
+        window = self.uses[0].window
+        if window is not None:
+            return weight.reshape(-1, window.channels, *window.kernel)
+        return weight.t() if self.transposed else weight
 
     def analysis(self, compute: Callable[[Site], T]) -> T:
         """`compute(self)`, once per site: all ranks read one SVD, all bit widths one Cholesky factor."""
@@ -121,26 +135,37 @@ class Site:
 
 def use_cost(use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
     """One use of a (rows, columns) weight kept in `weight_bytes`."""
+    tokens = tokens_of(use)
     if use.kind == "linear":
-        return linear_cost(tokens_of(use), rows, columns, weight_bytes, itemsize)
-    gathered = tokens_of(use) * columns * itemsize
+        return linear_cost(tokens, rows, columns, weight_bytes, itemsize)
+    if use.kind == "convolution":  # patches overlap: x is read once, however often its values are multiplied
+        traffic = (_count(use.x) + tokens * rows) * itemsize + weight_bytes
+        return Cost(2 * tokens * rows * columns, traffic, weight_bytes)
+    gathered = tokens * columns * itemsize
     return Cost(sympy.Integer(0), 2 * gathered, weight_bytes)
 
 
 def tokens_of(use: Use) -> sympy.Expr:
-    """Rows of x (linear) or number of ids (embedding) in one forward, in the graph's symbols."""
-    value = use.x.meta.get("val")
+    """Rows of x (linear), output positions (convolution) or ids (embedding) in one forward, in the graph's symbols."""
+    if use.window is not None:
+        return _count(use.node, without=-1 - len(use.window.kernel))
+    return _count(use.x, without=-1 if use.kind == "linear" else None)
+
+
+def _count(node: fx.Node, without: int | None = None) -> sympy.Expr:
+    """Elements of the node's value, not counting along the dimension `without` (a negative number)."""
+    value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return sympy.Symbol("tokens")
-    sizes = value.shape[:-1] if use.kind == "linear" else value.shape
     product = sympy.Integer(1)
-    for size in sizes:
-        product *= size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+    for axis, size in enumerate(value.shape, start=-value.dim()):
+        if axis != without:
+            product *= size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
     return product
 
 
 def find_sites(gm: fx.GraphModule) -> list[Site]:
-    """Every linear and embedding weight of the graph, in the order of first use."""
+    """Every linear, embedding and convolution weight of the graph, in the order of first use."""
     found: dict[int, list[tuple[fx.Node, Tensor, bool, Use]]] = {}
     paths: dict[int, list[str]] = {}
     for name, parameter in gm.named_parameters(remove_duplicate=False):
@@ -151,7 +176,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             continue
         read, transposed, use = match
         tensor = attribute(gm, str(read.target))
-        if tensor.dim() == 2 and tensor.is_floating_point() and id(tensor) in paths:
+        if (tensor.dim() == 2 or use.window) and tensor.is_floating_point() and id(tensor) in paths:
             found.setdefault(id(tensor), []).append((read, tensor, transposed, use))
     sites = []
     for key, reads in found.items():
@@ -162,7 +187,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             continue
         tensor, transposed = reads[0][1].detach(), reads[0][2]
         name = min(paths[key], key=lambda p: (p != str(reads[0][0].target), p)).removesuffix(".weight")
-        weight = tensor.t() if transposed else tensor
+        weight = tensor.t() if transposed else tensor.flatten(1)
         sites.append(Site(name, tuple(paths[key]), weight, tuple(use for _, _, _, use in reads), transposed))
     return sites
 
@@ -202,6 +227,9 @@ def _match(node: fx.Node) -> tuple[fx.Node, bool, Use] | None:
         return _read(args[2], True, Use("linear", node, 1, 0))
     if node.target in (aten.mm.default, aten.matmul.default):
         return _read(args[1], True, Use("linear", node, 0))
+    if node.target in TARGETS and isinstance(args[1], fx.Node):
+        window = Window.of(node, _value(args[1]).shape)
+        return None if window is None else _read(args[1], False, Use("convolution", node, 0, 2, window))
     return None
 
 
@@ -212,9 +240,10 @@ def _read(weight: Any, transposed: bool, use: Use) -> tuple[fx.Node, bool, Use] 
         weight = weight.args[0]
     if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and isinstance(use.x, fx.Node)):
         return None
-    if use.kind == "linear" and use.bias is not None and not _is_vector(use.bias):
+    if use.kind != "embedding" and use.bias is not None and not _is_vector(use.bias):
         return None
-    return weight, transposed, use
+    key = use.x.name if use.window is None else f"{use.x.name} {use.window}"
+    return weight, transposed, replace(use, key=key)
 
 
 def _is_vector(bias: fx.Node) -> bool:
