@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits packed without a gap: eight codes fill `bits` bytes, little end first.
+"""Codes of 2, 3, 4 or 8 bits (masks: of 1) packed without a gap: eight codes fill `bits` bytes, little end first.
 
     word = sum_i code_i 2^(bits i)  for i = 0..7,   stored as its `bits` low bytes;   8-bit codes are stored as they are
 
@@ -34,7 +34,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     if bits == 8:
         return packed
     mask = (1 << bits) - 1
-    if bits in (2, 4):  # a byte holds whole codes
+    if bits in (1, 2, 4):  # a byte holds whole codes
         codes = (packed.unsqueeze(-1) >> _shifts(bits, 8 // bits, packed.device).to(torch.uint8)) & mask
     else:
         parts = torch.unflatten(packed, -1, (-1, bits)).to(torch.int32)  # (..., words, bits)

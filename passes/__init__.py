@@ -16,6 +16,7 @@ from fxcompress.core.attention import AttentionRewrite
 from fxcompress.core.rewrite import Rewrite
 from fxcompress.passes.block_low_rank import BlockLowRank
 from fxcompress.passes.float8 import Float8
+from fxcompress.passes.hidden_units import HiddenUnits
 from fxcompress.passes.int8_dynamic import Int8Dynamic
 from fxcompress.passes.linformer import Linformer
 from fxcompress.passes.low_rank import LowRank
@@ -44,4 +45,5 @@ REWRITES: tuple[type[Rewrite], ...] = (
     Prune24,
     PruneBlocks,
 )
+GROUP_REWRITES: tuple[type[HiddenUnits], ...] = (HiddenUnits,)
 ATTENTION_REWRITES: tuple[type[AttentionRewrite], ...] = (Linformer,)

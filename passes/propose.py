@@ -101,9 +101,10 @@ def trials_of(
 
 def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
     return [
-        Trial(e.recipe, e.bytes, e.structure_error, max(e.structure_error, _error(draft.site, e.recipe)))
+        Trial(e.recipe, e.bytes, own, max(own, _error(draft.site, e.recipe)))
         for e in draft.estimates
         if str(e.recipe) in wanted
+        for own in (_own_error(e.recipe.structure, draft.site),)  # a tied site may want what was hopeless here
     ]
 
 
@@ -125,7 +126,8 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
     estimates: list[Trial] = []
     kept: set[str] = set()
     for structure in (r for r in weighed if issubclass(r, Structure)):
-        mine = _estimates(site, structure, storages, trials, most, 1.0 if named else MOST_LOST)
+        most_lost, rivals = 1.0 if named else MOST_LOST, trials if budget.flops is None else ()
+        mine = _estimates(site, structure, storages, trials, most, most_lost, rivals)
         good = {str(e.recipe) for e in promising(mine)}
         if not good:
             refused.append((structure.name, _why_not(mine)))
@@ -147,18 +149,26 @@ def _estimates(
     dense: Sequence[Trial],
     most: float,
     most_lost: float,
+    rivals: Sequence[Trial],
 ) -> list[Trial]:
-    """Every instance with every storage of its factors; errors: its own plus that storage's on the dense weight."""
+    """Every instance with every storage of its factors; errors: its own plus that storage's on the dense weight.
+
+    One that a rival beats by its bound alone is not computed and keeps its bound for an error: what it could beat
+    because of that, the same rival beats too.
+    """
     added: dict[Storage | None, float] = {t.recipe.storage: t.error for t in dense} | {None: 0.0}
     kinds = (None, *(s for kind in storages for s in kind.for_factors(site)))
     found = []
     for instance in structure.space(site):
         stored = kinds if instance.matrices(site) else (None,)
         recipes = [r for s in stored if (r := Recipe(instance, s)).stored_bytes(site) <= most]
-        if not recipes or instance.error_bound(site) > most_lost:
+        bound = instance.error_bound(site)
+        if not recipes or bound > most_lost:
             continue
-        own = _own_error(instance, site)
-        found += [Trial(r, r.stored_bytes(site), own, own + added.get(r.storage, 0.0)) for r in recipes]
+        sizes = [r.stored_bytes(site) for r in recipes]
+        hopeless = all(_beaten(size, bound + added.get(r.storage, 0.0), rivals) for r, size in zip(recipes, sizes))
+        own = bound if hopeless else _own_error(instance, site)
+        found += [Trial(r, size, own, own + added.get(r.storage, 0.0)) for r, size in zip(recipes, sizes)]
     return [t for t in found if t.structure_error <= most_lost]
 
 

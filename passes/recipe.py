@@ -110,7 +110,8 @@ class Made:
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         """Put it into the graph in place of the site's weight."""
         tensors = self.tensors if self.bias is None else {**self.tensors, "bias": self.bias}
-        replace(gm, site, tensors, self._emit, str(self.recipe))
+        trainable = {"bias", *(self.store.likes if self.recipe.storage is None else ())}
+        replace(gm, site, tensors, trainable, self._emit, str(self.recipe))
 
     def _emit(self, graph: fx.Graph, use: Use, reads: Mapping[str, fx.Node]) -> fx.Node:
         names = [*self.store.likes, *sorted(self.store.kept)]

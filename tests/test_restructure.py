@@ -179,6 +179,29 @@ def test_a_causal_attention_is_kept_and_the_reason_reported():
     assert site.why == "its attention is causal: a landmark would show a query the positions after it"
 
 
+def test_hidden_units_are_cut_before_the_rest_is_done(tmp_path):
+    batches = [{"input_ids": (torch.arange(56).reshape(8, 7) * 5 + i) % 99} for i in range(4)]
+    rewrites = {
+        "*output.dense": "hidden_units{kept=0.5}",
+        "*.0.attention.self": "linformer{length=5, max_length=12}",
+        "*.1.intermediate.dense": "low_rank{rank=3}",
+    }
+    model = tiny()
+    small = fxcompress.restructure(model, rewrites, calibration=iter(batches), progress=False)
+    shapes = {name: tuple(p.shape) for name, p in small.named_parameters()}
+    assert shapes["encoder.layer.0.intermediate.dense.weight"] == (32, 32)
+    assert shapes["encoder.layer.0.intermediate.dense.bias"] == (32,)
+    assert shapes["encoder.layer.0.output.dense.weight"] == (32, 32)
+    assert shapes["encoder.layer.0.attention.self.query.weight"] == (16, 32)  # one head of two
+    assert shapes["encoder.layer.1.intermediate.dense.u"] == (32, 3)
+    assert small.report.parameters_after == parameters(small)
+    want = model.eval()(input_ids=IDS).last_hidden_state
+    got = small(input_ids=IDS).last_hidden_state
+    assert float((got - want).norm().detach() / want.norm().detach()) < 0.6  # untrained weights: half of them matter
+    fxcompress.save(small, tmp_path / "small")
+    assert torch.equal(fxcompress.load(tmp_path / "small")(input_ids=IDS)[0], got)
+
+
 def test_frozen_parameters_stay_frozen():
     model = tiny()
     model.embeddings.requires_grad_(False)

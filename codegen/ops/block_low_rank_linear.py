@@ -89,7 +89,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, v, u = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need = (*ctx.needs_input_grad, False)  # it ends before a bias that was left out
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     u = torch.unflatten(u, 0, (ctx.blocks, u.shape[0] // ctx.blocks))
     dx, dv, du = product_backward(cut(flat_y, ctx.blocks), flat_x, v, u, need[:3])

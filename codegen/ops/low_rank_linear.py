@@ -38,7 +38,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx = (dy U) V,  dV = (dy U)^T x,  dU = dy^T (x V^T),  db = sum dy; x V^T is made again, not kept."""
     x, v, u = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need = (*ctx.needs_input_grad, False)  # it ends before a bias that was left out
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     inner = flat_y @ u
     return (

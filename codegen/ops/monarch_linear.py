@@ -48,7 +48,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, v, u = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need = (*ctx.needs_input_grad, False)  # it ends before a bias that was left out
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     own = strided(flat_y.T, ctx.blocks).mT  # (blocks j, tokens, out/blocks)
     dx, dv, du = product_backward(own, flat_x, v, strided(u, ctx.blocks), need[:3])

@@ -70,7 +70,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx = dy L(Q),  dQ = fold(dy^T x),  db = sum dy."""
     x, components = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need = (*ctx.needs_input_grad, False)  # it ends before a bias that was left out
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     return (
         (flat_y @ expand(components)).reshape(x.shape) if need[0] else None,

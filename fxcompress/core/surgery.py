@@ -9,7 +9,7 @@ Before and after, at one use of a site:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +20,17 @@ from fxcompress.core.site import Site, Use, attribute
 Emit = Callable[[fx.Graph, Use, Mapping[str, fx.Node]], fx.Node]
 
 
-def replace(gm: fx.GraphModule, site: Site, tensors: Mapping[str, Tensor], emit: Emit, note: str) -> None:
-    """Put `tensors` in place of the site's weight, `emit`'s call in place of each of its uses. `finish` must follow."""
+def replace(
+    gm: fx.GraphModule, site: Site, tensors: Mapping[str, Tensor], trainable: Collection[str], emit: Emit, note: str
+) -> None:
+    """Put `tensors` in place of the site's weight, `emit`'s call in place of each of its uses. `finish` must follow.
+
+    Those named in `trainable` become parameters; codes, scales and masks are buffers.
+    """
     owner_path, prefix = place(site)
     owner = gm.get_submodule(owner_path)
     for key, tensor in tensors.items():
-        attribute = nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
+        attribute = nn.Parameter(tensor, requires_grad=False) if key in trainable else tensor
         if isinstance(attribute, nn.Parameter):
             owner._parameters.pop(prefix + key, None)  # a corrected bias takes the name of the one it replaces
             owner.register_parameter(prefix + key, attribute)
@@ -111,6 +116,7 @@ def _describe(nodes: object) -> None:
     """Shapes of the constant part of what was inserted (the rest gets its `val` from the node it replaces)."""
     for node in nodes:  # type: ignore[attr-defined]
         if node.op == "call_function" and "val" not in node.meta:
-            inputs = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
-            if all(not isinstance(v, Tensor) or v.device.type == "meta" for v in inputs) and None not in inputs[:1]:
-                node.meta["val"] = node.target(*inputs, **node.kwargs)
+            values = [a.meta.get("val") for a in node.all_input_nodes]
+            if all(isinstance(v, Tensor) and v.device.type == "meta" for v in values):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
