@@ -4,6 +4,7 @@
     subject to  sum_{i in site} x_i = 1 for every site
                 sum_i bytes_i x_i <= B,   sum_i flops_i x_i <= F,   sum_i loss_i x_i <= E
                 tied sites: sum of x_i over the items of one label is the same at each of them, for every label
+                (ties by "units" always; ties by "spec" where they hardly cost anything, fxcompress.core.ties)
 
 With an error budget alone, bytes and loss change places. Candidates that another of the same labels beats or equals on
 every axis are dropped first. HiGHS (scipy.optimize.milp) proves the gap it reports. Sinha & Zoltners, The
@@ -26,11 +27,12 @@ from fxcompress.core.budget import Budget
 from fxcompress.core.divergence import additive, readable
 from fxcompress.core.errors import InfeasibleBudgetError
 from fxcompress.core.plan import KEEP, Candidate, Plan
-from fxcompress.core.ties import label_of
+from fxcompress.core.ties import By, label_of
 from fxcompress.core.units import format_bytes
 
 GAP = 1e-6
 UNBOUNDED = 1e300
+NEXT_TO_NOTHING = {"loss": 0.05, "bytes": 0.01}  # of the free choice's: predictions are not exact to more than that
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,11 @@ def choose(table: Plan, budget: Budget) -> Plan:
     loss = None if budget.error is None else additive(budget.error, table.kind)
     if size is not None and size >= table.original_bytes and flops is None and loss is None:
         return replace(table, choices=tuple(_kept(g) for g in groups), budget=budget, gap=0.0)  # "1x": as it is
-    items, ties = _items(groups), _ties(table, groups)
+    items, must, should = _items(groups), _ties(table, groups, "units"), _ties(table, groups, "spec")
     try:
-        selection = select(items, Limits(room, loss, flops), ties)
+        selection = _choice(items, Limits(room, loss, flops), must, should)
     except InfeasibleBudgetError as error:
-        raise InfeasibleBudgetError(_range(table, groups, ties, budget)) from error
+        raise InfeasibleBudgetError(_range(table, groups, must, budget)) from error
     picked = tuple(g[i] for g, i in zip(groups, selection.picked))
     return replace(table, choices=picked, budget=budget, gap=selection.gap)
 
@@ -177,9 +179,27 @@ def _items(groups: Sequence[Sequence[Candidate]]) -> list[list[Item]]:
     return [[Item(c.bytes, c.loss, c.flops) for c in g] for g in groups]
 
 
-def _ties(table: Plan, groups: Sequence[Sequence[Candidate]]) -> list[Tie]:
+def _ties(table: Plan, groups: Sequence[Sequence[Candidate]], by: By) -> list[Tie]:
     at = {site.name: i for i, site in enumerate(table.sites)}
-    return [{at[name]: [label_of(t.by, c.spec) for c in groups[at[name]]] for name in t.sites} for t in table.ties]
+    ties = [tie for tie in table.ties if tie.by == by]
+    return [{at[name]: [label_of(by, c.spec) for c in groups[at[name]]] for name in t.sites} for t in ties]
+
+
+def _choice(items: Sequence[Sequence[Item]], limits: Limits, must: Sequence[Tie], should: Sequence[Tie]) -> Selection:
+    """The best choice that keeps the ties it must; one that keeps all of them where that costs next to nothing."""
+    free = select(items, limits, must)
+    if not should:
+        return free
+    try:
+        tied = select(items, limits, [*must, *should])
+    except InfeasibleBudgetError:
+        return free
+
+    def total(axis: str, selection: Selection) -> float:
+        return sum(float(getattr(of[i], axis)) for of, i in zip(items, selection.picked))
+
+    cheap = all(total(axis, tied) <= (1 + share) * total(axis, free) for axis, share in NEXT_TO_NOTHING.items())
+    return tied if cheap else free
 
 
 def _range(table: Plan, groups: Sequence[Sequence[Candidate]], ties: Sequence[Tie], budget: Budget) -> str:

@@ -3,6 +3,7 @@
     compiled = fxcompress.compile(model, budget="4x", calibration=batches)
 """
 
+from fxcompress import lottery
 from fxcompress.api import compile
 from fxcompress.checkpoint import load, save
 from fxcompress.core.budget import Budget
@@ -12,4 +13,4 @@ from fxcompress.report import Report
 from fxcompress.restructuring import restructure
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Plan", "Report", "compile", "load", "restructure", "save", "show"]
+__all__ = ["Budget", "Plan", "Report", "compile", "load", "lottery", "restructure", "save", "show"]

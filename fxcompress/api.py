@@ -1,4 +1,4 @@
-"""compile: capture -> sites -> calibrate -> propose -> select -> rewrite -> verify -> report, one straight column.
+"""compile: capture -> sites -> calibrate -> propose -> select -> rewrite -> fuse -> verify -> report.
 
 Every stage takes a runnable graph and leaves one. The caller's model, its mode, the random state and torch's settings
 are not touched.
@@ -31,6 +31,7 @@ from fxcompress.core.ties import parallel
 from fxcompress.core.verify import compare
 from fxcompress.cost_model.select import choose
 from fxcompress.passes import REWRITES
+from fxcompress.passes.fuse import fuse
 from fxcompress.passes.propose import propose
 from fxcompress.passes.recipe import parse
 from fxcompress.report import Report, SiteReport
@@ -194,7 +195,7 @@ def _rewrite(original: SignedModule, known: Calibration, plan: Plan) -> tuple[Si
         site.forget()
     finish(work)
     own_tensors(work)
-    return work, reports
+    return fuse(work), reports
 
 
 def _report(plan: Plan, sites: list[SiteReport], measured: float, known: Calibration, size: int) -> Report:

@@ -43,7 +43,7 @@ from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
 from fxcompress.passes.low_rank import DAMPING, damped
 
-BLOCKS = (2, 4, 8)
+BLOCKS = (2, 4)
 MOST_STORED = 0.75  # of the dense elements: there is little to gain above
 SHARES = (0.5, 1)  # of that: what a number of blocks is offered at; each instance is made and measured
 RIDGE = 1e-9  # of a unit diagonal, so that features which copy each other leave the refit solvable

@@ -3,7 +3,7 @@
 1. Each storage on the dense weight: its exact error from the calibration statistics.
 2. Each structure, plain and with each storage on its factors. A structure's error before storing is a closed form and a
    lower bound; a recipe is dropped unmade when that error, plus what the same storage does to the dense weight, is no
-   better than a stored dense weight of no more bytes (with some room, because kappa differs between families), and made
+   better than stored dense weights of as many bytes (with some room, because kappa differs between families), and made
    and measured otherwise.
 3. One probe of the model per site and family that is left (fxcompress.cost_model.sensitivity) turns site errors into
    losses.
@@ -11,10 +11,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import sympy
 from tqdm import tqdm
 
@@ -27,7 +27,8 @@ from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site
 from fxcompress.core.ties import Tie
 from fxcompress.cost_model.sensitivity import Prober, kappa, price
-from fxcompress.passes.recipe import Recipe
+from fxcompress.passes.dense import Dense
+from fxcompress.passes.recipe import Recipe, bias_of
 
 FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
 MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth: a structure that loses more answers no budget
@@ -122,13 +123,12 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
     if storages and not trials:
         refused.append((storages[0].name, f"nothing saves {budget.min_gain:.0%} of {site.dense_bytes} bytes"))
     # Where flops count, fewer bytes and less error do not make up for a dense product: no structure is dropped.
-    promising = partial(_promising, rivals=trials) if budget.flops is None else list
     estimates: list[Trial] = []
     kept: set[str] = set()
     for structure in (r for r in weighed if issubclass(r, Structure)):
-        most_lost, rivals = 1.0 if named else MOST_LOST, trials if budget.flops is None else ()
-        mine = _estimates(site, structure, storages, trials, most, most_lost, rivals)
-        good = {str(e.recipe) for e in promising(mine)}
+        rivals = Frontier.of(trials + estimates, site.dense_bytes) if budget.flops is None else NOTHING
+        mine = _estimates(site, structure, storages, trials, most, 1.0 if named else MOST_LOST, rivals)
+        good = {str(e.recipe) for e in (_promising(mine, rivals) if budget.flops is None else mine)}
         if not good:
             refused.append((structure.name, _why_not(mine)))
         estimates += mine
@@ -138,7 +138,7 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
 
 def _why_not(estimates: Sequence[Trial]) -> str:
     if estimates:
-        return "a quantized dense weight of the same bytes is closer"
+        return "quantized dense weights, or a structure tried before it, are closer at the same bytes"
     return f"every form of it that saves enough loses more than {MOST_LOST:.0%} of the squared output"
 
 
@@ -149,7 +149,7 @@ def _estimates(
     dense: Sequence[Trial],
     most: float,
     most_lost: float,
-    rivals: Sequence[Trial],
+    rivals: Frontier,
 ) -> list[Trial]:
     """Every instance with every storage of its factors; errors: its own plus that storage's on the dense weight.
 
@@ -166,7 +166,7 @@ def _estimates(
         if not recipes or bound > most_lost:
             continue
         sizes = [r.stored_bytes(site) for r in recipes]
-        hopeless = all(_beaten(size, bound + added.get(r.storage, 0.0), rivals) for r, size in zip(recipes, sizes))
+        hopeless = all(rivals.beats(size, bound + added.get(r.storage, 0.0)) for r, size in zip(recipes, sizes))
         own = bound if hopeless else _own_error(instance, site)
         found += [Trial(r, size, own, own + added.get(r.storage, 0.0)) for r, size in zip(recipes, sizes)]
     return [t for t in found if t.structure_error <= most_lost]
@@ -178,18 +178,50 @@ def _own_error(structure: Structure, site: Site) -> float:
     return max(error, structure.error_bound(site))
 
 
-def _promising(estimates: Sequence[Trial], rivals: Sequence[Trial]) -> list[Trial]:
+def _promising(estimates: Sequence[Trial], rivals: Frontier) -> list[Trial]:
     """Those no estimate of the same structure dominates, and no measured rival beats clearly."""
     return [
         e
         for e in estimates
-        if not _beaten(e.bytes, e.error, rivals)
+        if not rivals.beats(e.bytes, e.error)
         and not any(o.bytes <= e.bytes and o.error < e.error for o in estimates)
     ]
 
 
-def _beaten(stored: int, error: float, rivals: Sequence[Trial]) -> bool:
-    return any(r.bytes <= stored and r.error * FAMILY_SPREAD <= error for r in rivals)
+@dataclass(frozen=True)
+class Frontier:
+    """The lower convex hull of what is known to be possible: (bytes, squared error), ascending in bytes.
+
+    The relaxed knapsack picks points of a site's hull at all sites but one (Sinha & Zoltners, 1979), so what lies above
+    the hull is not worth making.
+    """
+
+    points: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, trials: Iterable[Trial], dense_bytes: int) -> Frontier:
+        hull: list[tuple[int, float]] = []
+        for point in sorted([(t.bytes, t.error) for t in trials] + [(dense_bytes, 0.0)]):
+            while len(hull) > 1 and _right_of(hull[-2], hull[-1], point):
+                hull.pop()
+            if not hull or point[1] < hull[-1][1]:
+                hull.append(point)
+        return cls(tuple(hull))
+
+    def beats(self, stored: int, error: float) -> bool:
+        """True if the hull is lower at `stored` bytes, with room for families that the model minds less."""
+        if stored < self.points[0][0]:
+            return False
+        sizes, errors = zip(*self.points)
+        return float(np.interp(stored, sizes, errors)) * FAMILY_SPREAD <= error
+
+
+NOTHING = Frontier(((1 << 62, 0.0),))
+
+
+def _right_of(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
+    """True if b does not lie below the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
 def _error(site: Site, recipe: Recipe) -> float:
@@ -244,8 +276,9 @@ def _probe(prober: Prober, site: Site, trials: Sequence[Trial]) -> dict[str, flo
 
 
 def _kappa(prober: Prober, site: Site, recipe: Recipe) -> float:
-    made = recipe.make(site)
-    return kappa(prober.loss(site, made.weight, made.bias), local_error(site, made.weight))
+    dense = isinstance(recipe.structure, Dense) and recipe.storage is not None
+    weight = recipe.storage.dense_weight(site) if dense else recipe.make(site).weight  # type: ignore[union-attr]
+    return kappa(prober.loss(site, weight, bias_of(site, weight)), local_error(site, weight))
 
 
 def _typical(trials: Sequence[Trial]) -> Trial:

@@ -90,13 +90,12 @@ class Quantize(Storage):
     @classmethod
     def dense_errors(cls, site: Site) -> dict[Storage, float]:
         """All settings are rounded in one pass."""
-        if is_table(site):
-            tables = site.analysis(rounded_table)
-            return {q: local_error(site, tables[q].read()) for q in cls.space(site)}
-        settings = [*cls.space(site)]
-        x = site.weight.float().T.contiguous()
-        made = _round(x, rounding_metric(site), settings)
-        return {q: local_error(site, r.read()) for q, r in zip(settings, made)}
+        made = site.analysis(rounded)
+        return {q: local_error(site, made[q].read()) for q in cls.space(site)}
+
+    def dense_weight(self, site: Site) -> Tensor:
+        made = site.analysis(rounded).get(self)
+        return super().dense_weight(site) if made is None else made.read().to(site.weight.dtype)
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         return stored_bytes(rows, columns, self.bits, self.group(columns), self.symmetric)
@@ -144,9 +143,9 @@ def is_table(site: Site) -> bool:
     return site.rows >= LARGE_TABLE and site.kind in ("embedding", "tied")
 
 
-def rounded_table(site: Site) -> dict[Quantize, Rounded]:
-    """The table at each setting tried, kept in the site's analysis: row tiers are put together from the same."""
-    settings = [Quantize(b, g) for b, g in TRIED_ON_TABLES]
+def rounded(site: Site) -> dict[Quantize, Rounded]:
+    """The weight at each setting tried, an analysis of the site: a probe and row tiers want what the errors are of."""
+    settings = [*Quantize.space(site)]
     x = site.weight.float().T.contiguous()
     return dict(zip(settings, _round(x, rounding_metric(site), settings)))
 

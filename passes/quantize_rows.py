@@ -31,7 +31,7 @@ from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
 from fxcompress.passes.grid import ROW_CHUNK, Rounded
-from fxcompress.passes.quantize import LARGE_TABLE, Quantize, is_table, rounded_table
+from fxcompress.passes.quantize import LARGE_TABLE, Quantize, is_table, rounded
 
 TIERS = (Quantize(8, 0), Quantize(4, 64), Quantize(3, 128), Quantize(2, 0))
 PRICES = 24
@@ -143,7 +143,7 @@ class _Tables(NamedTuple):
 
 def _tables(site: Site) -> _Tables:
     metric = rounding_metric(site)
-    made = site.analysis(rounded_table)
+    made = site.analysis(rounded)
     tables = [made[t] for t in TIERS]
     w = site.weight.float()
     assert metric.rows is not None

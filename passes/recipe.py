@@ -80,11 +80,7 @@ class Recipe:
         store = Store(self.storage)
         self.structure.factor(site, store)
         weight = self.structure.dense(store.read, site).to(site.weight.dtype)
-        bias_node = site.uses[0].bias
-        bias = None
-        if bias_node is not None and site.correctable and site.statistics.mean is not None:
-            bias = corrected_bias(site, weight, attribute_of(bias_node))
-        return Made(self, store, weight, bias)
+        return Made(self, store, weight, bias_of(site, weight))
 
     def draw(self, site: Site, generator: torch.Generator) -> Made:
         """A random start of the same shapes, for training from scratch."""
@@ -128,6 +124,14 @@ class Made:
         like = self.store.likes[name]
         mine = {key: reads[key_of(name, key)] for key in storage.keys}
         return Operand(lambda: storage.read(graph, mine, like), lambda ids: storage.lookup(graph, mine, like, ids))
+
+
+def bias_of(site: Site, weight: Tensor) -> Tensor | None:
+    """The site's bias once it absorbs the mean error of `weight`; None where it has none that could."""
+    node = site.uses[0].bias
+    if node is None or not site.correctable or site.statistics.mean is None:
+        return None
+    return corrected_bias(site, weight, attribute_of(node))
 
 
 def parse(text: str, known: Iterable[type[Rewrite]]) -> Recipe:

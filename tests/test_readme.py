@@ -1,4 +1,4 @@
-"""The README's example is run, and prints what the README says it prints."""
+"""The README's examples are run, one after the other, and print what the README says they print."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_prints_what_the_readme_shows():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    (shown,) = re.findall(r"```text\n(.*?)```", README, re.S)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
-    assert coarse(printed.getvalue()) == coarse(shown)
+def test_the_examples_print_what_the_readme_shows():
+    examples = re.findall(r"```python\n(.*?)```\s*```text\n(.*?)```", README, re.S)
+    assert len(examples) == README.count("```python") == README.count("```text") > 1
+    names: dict[str, object] = {}
+    for code, shown in examples:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), names)
+        assert coarse(printed.getvalue()) == coarse(shown)
 
 
 def coarse(text: str) -> list[str]:

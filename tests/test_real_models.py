@@ -16,6 +16,7 @@ from benchmarks.quality_small import LastPosition
 from fxcompress.core.calibrate import bind_batch
 from fxcompress.core.capture import capture
 from fxcompress.core.verify import compare
+from fxcompress.cost_model.select import choose
 
 
 def test_stories260k_at_4x_loses_less_than_two_hundredths_of_a_nat(data, tmp_path: Path):
@@ -37,16 +38,20 @@ def test_low_rank_is_found_in_a_grokked_network_and_its_memorised_twin_gets_anot
     data(grokking.model)
     inputs, targets = grokking.all_sums()
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    plans = {}
+    plans, tighter = {}, {}
     for kind in ("grokked", "memorised"):
         model = LastPosition(grokking.model(kind))
         compiled = fxcompress.compile(model, "4x", calibration=list(inputs[order[:4096]].split(512)), progress=False)
         plans[kind] = [c.spec for c in compiled.plan.choices]
+        tighter[kind] = [c.spec for c in choose(compiled.plan, fxcompress.Budget("6x")).choices]
         if kind == "grokked":
             with torch.no_grad():
                 assert int((compiled(inputs).argmax(-1) == targets).sum()) == 12_769
-    assert sum("low_rank" in spec for spec in plans["grokked"]) >= 3
-    assert plans["grokked"] != plans["memorised"]
+    # At 4x eight bits are nearly exact; Q and K alone have so little rank that it is the better half of their bytes.
+    assert sum("low_rank" in spec for spec in plans["grokked"]) >= 2
+    assert not any("low_rank" in spec for spec in plans["memorised"])
+    assert sum("low_rank" in spec or "monarch" in spec for spec in tighter["grokked"]) >= 5
+    assert sum("low_rank" in spec or "monarch" in spec for spec in tighter["memorised"]) <= 2
 
 
 def test_minilm_at_10x_keeps_its_embeddings_and_the_prediction_holds_on_fresh_sentences(data, tmp_path: Path):

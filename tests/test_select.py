@@ -197,14 +197,35 @@ def test_fixed_bytes_count_towards_the_size():
     assert specs(choose(dataclasses.replace(TWO, fixed_bytes=101), Budget("600 B"))) == ["two", "four"]
 
 
-def test_tied_sites_get_one_rewrite():
-    rows = {name: [(c.spec, c.bytes, c.flops, c.loss) for c in TWO.candidates if c.site == name] for name in "ab"}
-    rows["b"] = [("other", *rest) if spec == "two" else (spec, *rest) for spec, *rest in rows["b"]]
-    tied = table(rows, fixed=100, ties=(Tie("spec", ("a", "b")),))
-    assert specs(choose(tied, Budget("1400 B"))) == ["four", "four"]  # "near" and "thin" are at one of them only
-    assert specs(choose(tied, Budget("1x"))) == [KEEP, KEEP]
-    with pytest.raises(InfeasibleBudgetError, match=r"reach from 1x .* to 3.50x"):
-        choose(tied, Budget("340 B"))
+def tied(by, loss_of_two):
+    """Two sites of which free choice rewrites one: two "four" lose 0.2, "four" and "two" 0.1 + loss_of_two."""
+    rows = {
+        "a": [(KEEP, 1000, 10.0, 0.0), ("four", 250, 10.0, 0.1), ("two", 130, 10.0, 0.9)],
+        "b": [(KEEP, 1000, 10.0, 0.0), ("four", 250, 10.0, 0.1), ("two", 249, 10.0, loss_of_two)],
+    }
+    return table(rows, ties=(Tie(by, ("a", "b")),))
+
+
+def test_weights_of_one_input_get_one_rewrite_where_it_costs_next_to_nothing():
+    assert specs(choose(dataclasses.replace(tied("spec", 0.099), ties=()), Budget("500 B"))) == ["four", "two"]
+    assert specs(choose(tied("spec", 0.099), Budget("500 B"))) == ["four", "four"]  # 0.2 against 0.199
+    assert specs(choose(tied("spec", 0.08), Budget("500 B"))) == ["four", "two"]  # 0.2 against 0.18
+    assert specs(choose(tied("spec", 0.099), Budget("1x"))) == [KEEP, KEEP]
+
+
+def test_two_sides_of_a_hidden_layer_always_agree():
+    half, quarter = "hidden_units{kept=8}", "hidden_units{kept=4}"
+    tight = [(f"{half} | four", 70, 5.0, 0.4), (quarter, 250, 2.0, 9.0)]
+    rows = {
+        "up": [(KEEP, 1000, 10.0, 0.0), (half, 500, 5.0, 0.0), (quarter, 250, 2.0, 0.0)],
+        "down": [(KEEP, 1000, 10.0, 0.0), (half, 500, 5.0, 0.3), *tight],
+    }
+    apart, together = table(rows), table(rows, ties=(Tie("units", ("up", "down")),))
+    assert specs(choose(apart, Budget("1300 B"))) == [quarter, KEEP]
+    assert specs(choose(together, Budget("1300 B"))) == [half, half]
+    assert specs(choose(together, Budget("600 B"))) == [half, f"{half} | four"]
+    with pytest.raises(InfeasibleBudgetError, match=r"reach from 1x .* to 4.00x"):
+        choose(together, Budget("400 B"))
 
 
 @pytest.mark.parametrize(

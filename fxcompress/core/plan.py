@@ -216,13 +216,15 @@ def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
 
 
 def _refusal_lines(refusals: tuple[tuple[str, str, str], ...]) -> list[str]:
-    """One line a reason, the sites it holds for counted."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    """One line a reason: the rewrites it was given for, and where."""
+    reasons: dict[str, dict[str, list[str]]] = {}
     for site, rewrite, why in refusals:
-        reasons.setdefault((rewrite, why), []).append(site)
+        reasons.setdefault(why, {}).setdefault(rewrite, []).append(site)
     return [
-        f"refused: {rewrite} at {sites[0] if len(sites) == 1 else f'{len(sites)} sites'}: {why}"
-        for (rewrite, why), sites in reasons.items()
+        "refused: "
+        + ", ".join(f"{name} at {s[0] if len(s) == 1 else f'{len(s)} sites'}" for name, s in at.items())
+        + f": {why}"
+        for why, at in reasons.items()
     ]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from fxcompress.core.budget import Budget
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric
+from fxcompress.core.metric import Metric, rounding_metric
 from fxcompress.core.site import Site, Use
 
 _SPEC = re.compile(r"\s*([a-z_0-9]+)\s*(?:\{(.*)\})?\s*")
@@ -89,6 +89,10 @@ class Storage(Rewrite):
     @abstractmethod
     def dense_errors(cls, site: Site) -> dict[Storage, float]:
         """The squared relative error of the site's whole weight under each instance of `space`."""
+
+    def dense_weight(self, site: Site) -> Tensor:
+        """The site's whole weight as it would be read back, in its dtype."""
+        return self.decode(self.encode(site.weight, rounding_metric(site)), site.weight)
 
     @classmethod
     @abstractmethod
