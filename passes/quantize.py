@@ -145,7 +145,7 @@ def is_table(site: Site) -> bool:
 
 def rounded(site: Site) -> dict[Quantize, Rounded]:
     """The weight at each setting tried, an analysis of the site: a probe and row tiers want what the errors are of."""
-    settings = [*Quantize.space(site)]
+    settings = [Quantize(b, g) for b, g in TRIED_ON_TABLES] if is_table(site) else [*Quantize.space(site)]
     x = site.weight.float().T.contiguous()
     return dict(zip(settings, _round(x, rounding_metric(site), settings)))
 
