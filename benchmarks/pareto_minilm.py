@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2: size against quality for each family of rewrites alone and for the mix of all of them.
 
-    python benchmarks/pareto_minilm.py [--ratios 2 3 4 6 8 10 12] [--out benchmarks/results/pareto_minilm]
+    python benchmarks/pareto_minilm.py [--families low_rank monarch ...] [--ratios 2 4 ...] [--out FOLDER/NAME]
 
 Writes OUT.csv (one row a family and budget: bytes on disk, predicted and measured error, STS-B dev, mean cosine) and
 OUT.png. Then holds the predicted errors of the mix against those of every family at a grid of equal sizes, and ends
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,17 +26,18 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.models import data, minilm
-from fxcompress.api import _carry_out, observe, price, untouched
+from fxcompress.api import _carry_out, observe, price, resolve, untouched
 from fxcompress.checkpoint import bytes_on_disk
 from fxcompress.core.budget import Budget
 from fxcompress.core.errors import InfeasibleBudgetError
 from fxcompress.core.plan import Plan
-from fxcompress.cost_model.select import choose
+from fxcompress.cost_model.select import NEXT_TO_NOTHING, choose
 from fxcompress.passes import REWRITES
 
 MIX = "all families"
+FAMILIES = ["quantize", "low_rank", "block_low_rank", "monarch", "tensor_train", "prune", "prune_2_4", "float8"]
 GRID = [1.25 * 1.1**i for i in range(28)]  # 1.25x to 16x
-TOLERANCE = 1e-3  # of the predicted loss: rounding at another batch of rows differs in its last bits
+TOLERANCE = NEXT_TO_NOTHING["loss"]  # what one rewrite for Q, K and V may cost a plan
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Point:
 
 def main() -> None:
     options = arguments()
-    plans, original, known = priced()
+    plans, original, known = priced(options.families)
     points = []
     dense, reference = minilm.spearman(minilm.model())
     for family, plan in plans.items():
@@ -77,14 +78,14 @@ def main() -> None:
     sys.exit(bool(worse))
 
 
-def priced() -> tuple[dict[str, Plan], object, object]:
+def priced(families: list[str]) -> tuple[dict[str, Plan], object, object]:
     """-> (a plan with every candidate, for each family and for all), captured model, calibration."""
     lines = [text for text, _ in data.sst2("dev")][:128]
     anything = Budget(error=1e6)  # prices every candidate, and is met by all of them
     with untouched():
         original, known = observe(minilm.model(), None, minilm.batches(lines), True)
         plans = {MIX: price(original, REWRITES, known, anything, True)}
-        for rewrite in REWRITES:
+        for rewrite in resolve(families):
             alone = price(original, (rewrite,), known, anything, True, named=True)
             if any(c.spec != "keep" for c in alone.candidates):
                 plans[rewrite.name] = alone
@@ -107,7 +108,8 @@ def losses(mix: Plan, family: str, alone: Plan) -> list[str]:
     for ratio in GRID:
         budget = Budget(size=f"{ratio}x")
         try:
-            theirs = choose(alone, budget).predicted_loss
+            # A plan with more candidates is itself longer: compare at equal bytes of weights.
+            theirs = choose(replace(alone, fixed_bytes=mix.fixed_bytes), budget).predicted_loss
         except InfeasibleBudgetError:
             continue
         if theirs > 1:  # as large as the output itself: no model any more
@@ -156,6 +158,7 @@ def draw(points: list[Point], dense: float, original_bytes: int, path: Path) -> 
 def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", default=FAMILIES, help="alone, beside the mix of all")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2, 3, 4, 6, 8, 10, 12])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pareto_minilm"))
     return parser.parse_args()
