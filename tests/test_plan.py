@@ -116,6 +116,16 @@ def test_every_rewrite_is_either_tried_or_refused_at_every_site(plan):
             assert rewrite.name in refused | tried, (site.name, rewrite.name)
 
 
+def test_reasons_that_differ_in_a_percentage_share_a_line(plan):
+    names = [site.name for site in plan.sites[:3]]
+    told = [(names[0], "fold", "it loses 26% of 10"), (names[1], "fold", "it loses 5% of 10"), (names[2], "cut", "no")]
+    lines = str(dataclasses.replace(plan, refusals=tuple(told))).splitlines()
+    assert [line for line in lines if line.startswith("refused: ")] == [
+        "refused: fold at 2 sites: it loses 5% to 26% of 10",
+        f"refused: cut at {names[2]}: no",
+    ]
+
+
 def test_explain_of_an_unknown_site_names_some_that_exist(plan):
     with pytest.raises(
         PlanError, match=rf"no site is called 'nonsense'; there are {len(plan.sites)}: embeddings.*, …\."

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,16 +217,27 @@ def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
 
 
 def _refusal_lines(refusals: tuple[tuple[str, str, str], ...]) -> list[str]:
-    """One line a reason: the rewrites it was given for, and where."""
+    """One line a reason: the rewrites it was given for, and where. Reasons that differ in one percentage are one."""
     reasons: dict[str, dict[str, list[str]]] = {}
+    shares: dict[str, list[int]] = {}
     for site, rewrite, why in refusals:
-        reasons.setdefault(why, {}).setdefault(rewrite, []).append(site)
+        reason = _SHARE.sub("{}", why, count=1)
+        reasons.setdefault(reason, {}).setdefault(rewrite, []).append(site)
+        shares.setdefault(reason, []).extend(int(found) for found in _SHARE.findall(why)[:1])
     return [
         "refused: "
         + ", ".join(f"{name} at {s[0] if len(s) == 1 else f'{len(s)} sites'}" for name, s in at.items())
-        + f": {why}"
-        for why, at in reasons.items()
+        + f": {reason.replace('{}', _span(shares[reason]), 1)}"
+        for reason, at in reasons.items()
     ]
+
+
+_SHARE = re.compile(r"(\d+)%")
+
+
+def _span(shares: list[int]) -> str:
+    low, high = min(shares, default=0), max(shares, default=0)
+    return f"{low}%" if low == high else f"{low}% to {high}%"
 
 
 def _rounded(value: Any) -> Any:
