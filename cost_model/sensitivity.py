@@ -91,8 +91,10 @@ def kappa(loss: float, local_error: float) -> float:
     return loss / local_error if local_error > 0 else 0.0
 
 
-def price(kappas: Mapping[str, float], structure: str, structure_error: float, total_error: float) -> float:
-    """Predicted loss of a candidate: structure's error by that family's kappa, what storing adds by quantization's."""
+def price(
+    kappas: Mapping[str, float], structure: str, storage: str, structure_error: float, total_error: float
+) -> float:
+    """Predicted loss of a candidate: structure's error by that family's kappa, what storing adds by the storage's."""
     added = max(0.0, total_error - structure_error)
-    storage_kappa = kappas.get("quantize", kappas.get(structure, 0.0))
+    storage_kappa = kappas.get(storage, kappas.get(structure, 0.0))
     return kappas.get(structure, storage_kappa) * structure_error + storage_kappa * added

@@ -81,7 +81,8 @@ def propose(
         kappas = _probe(prober, site, trials)
         candidates.append(_candidate(site, Recipe(), 0.0, 0.0, sizes))
         for trial in trials:
-            loss = price(kappas, trial.recipe.structure.name, trial.structure_error, trial.error)
+            structure, storage = trial.recipe.structure.name, trial.recipe.storage
+            loss = price(kappas, structure, storage.name if storage else "", trial.structure_error, trial.error)
             candidates.append(_candidate(site, trial.recipe, trial.error, loss, sizes))
         refusals += [(name, rewrite, why) for rewrite, why in refused]
         site.forget()
@@ -258,20 +259,23 @@ def _refused(
 
 
 def _probe(prober: Prober, site: Site, trials: Sequence[Trial]) -> dict[str, float]:
-    """kappa by family: "quantize" from a dense weight, a structure's name from the structure alone."""
+    """kappa by family: a storage's from a dense weight, a structure's from the structure alone.
+
+    Row tiers have their own: they spare the rows the model reads. Plain 8 bits priced by them made MiniLM at 2x
+    predict an error of .0084 where .0061 was measured.
+    """
+    families: dict[str, list[Trial]] = {}
+    for trial in trials:
+        structure, storage = trial.recipe.structure, trial.recipe.storage
+        if trial.structure_error > 0.0:
+            families.setdefault(structure.name, []).append(trial)
+        elif storage is not None:
+            families.setdefault(storage.name, []).append(trial)
     kappas: dict[str, float] = {}
-    dense = [t for t in trials if t.structure_error == 0.0 and t.recipe.storage is not None]
-    factored = [t for t in trials if t.structure_error > 0.0]
-    families = {
-        **({"quantize": dense} if dense else {}),
-        **{
-            name: [t for t in factored if t.recipe.structure.name == name]
-            for name in sorted({t.recipe.structure.name for t in factored})
-        },
-    }
     for family, mine in families.items():
-        probe = _typical(mine)
-        kappas[family] = _kappa(prober, site, probe.recipe if family == "quantize" else Recipe(probe.recipe.structure))
+        recipe = _typical(mine).recipe
+        alone = recipe if family != recipe.structure.name else Recipe(recipe.structure)
+        kappas[family] = _kappa(prober, site, alone)
     return kappas
 
 
