@@ -90,9 +90,10 @@ def rescale(grid: Grid, scale: Tensor) -> Grid:
     return grid._replace(scale=torch.exp2(kept[0] + kept[1] * codes.float()), scale_codes=codes)
 
 
-def cut(grid: Grid, rows: slice) -> Grid:
+def cut(grid: Grid, rows: slice | Tensor) -> Grid:
     """The grid of some rows, to round against or read by."""
-    return grid._replace(scale=grid.scale[:, rows], zero=grid.zero[:, rows])
+    zero_codes = None if grid.zero_codes is None else grid.zero_codes[:, rows]
+    return Grid(grid.scale[:, rows], grid.zero[:, rows], grid.scale_codes[:, rows], zero_codes, grid.base, grid.step)
 
 
 def spread(grid: Grid, group: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, rounding_metric
+from fxcompress.core.metric import Metric, rounding_metric, row_errors
 from fxcompress.core.site import Site, Use
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt")
@@ -207,55 +207,45 @@ class Bound:
 
 
 def error_bound(site: Site, projection: Projection) -> float:
-    """What `projection` loses of the site's squared output over the calibration inputs, told from a few rows, low.
+    """The error of `projection` at the site, as `local_error` judges it, told from a few rows, low.
 
-    Rows do not interact, and each loses much the same share of its own output. So SAMPLE_ROWS of them, at even steps of
-    what they add to the output (a few rows may be most of it), tell the whole: their mean share, less three standard
-    errors. Exact where a weight has no more rows than that.
+    Rows do not interact, and each loses much the same share of what losing all its weights one by one would cost,
+    c_r = p_r sum_j W_rj^2 / [G^-1]_jj. SAMPLE_ROWS of them, at even steps of c_r (a few rows may be most of it), tell
+    the whole: their mean share, less three standard errors. Exact where a weight has no more rows than that.
     """
-    s, tile = site.statistics, projection.pattern.tile
-    share = site.analysis(_row_signals).reshape(-1, tile).sum(1)  # of each unit row
-    count = max(4, SAMPLE_ROWS // tile)
-    if float(share.sum()) <= 0:
+    tile, metric = projection.pattern.tile, rounding_metric(site)
+    costs = site.analysis(_row_costs).reshape(-1, tile).sum(1)  # of each unit row
+    count, total = max(4, SAMPLE_ROWS // tile), float(costs.sum())
+    if total <= 0:
         return 0.0
-    units, times = torch.arange(len(share)), share / share.sum()
-    if sampled := len(share) > count:
-        units, drawn = torch.unique_consecutive(_even_steps(share, count), return_counts=True)
+    units, times = torch.arange(len(costs)), costs / total
+    if sampled := len(costs) > count:
+        units, drawn = torch.unique_consecutive(_even_steps(costs, count), return_counts=True)
         times = drawn / count
     rows = (units.unsqueeze(1) * tile + torch.arange(tile)).flatten()
-    metric, w = rounding_metric(site), site.weight[rows]
-    p = None if metric.rows is None else metric.rows[rows]
-    mine = replace(metric, rows=p)  # with all that is known of G
-    lost = _energies(w.float() - prune(w, mine, projection.pattern, projection.by).dense(), metric.columns)
-    weighted = lost if p is None or s.second_moment is not None else lost * p
-    each = weighted.reshape(-1, tile).sum(1) / share[units].clamp_min(torch.finfo(torch.float64).tiny)
+    mine = replace(metric, rows=None if metric.rows is None else metric.rows[rows])  # with all that is known of G
+    made = prune(site.weight[rows], mine, projection.pattern, projection.by).dense()
+    lost = row_errors(site, rows, made).reshape(-1, tile).sum(1)
+    each = lost / costs[units].clamp_min(torch.finfo(torch.float64).tiny)
     mean = float((each * times).sum())
     if sampled:
         mean = max(0.0, mean - 3 * float(((each - mean).square() * times).sum() / (count - 1)) ** 0.5)
-    return mean / 2 if s.second_moment is not None and s.row_weight is not None else mean  # tied: lookups, too
+    return mean * total
 
 
-def _row_signals(site: Site) -> Tensor:
-    """What each row adds to the site's squared output over the calibration inputs, (rows,) float64."""
-    s = site.statistics
-    if s.second_moment is not None:
-        return _energies(site.weight, s.second_moment)
-    signals = _energies(site.weight, s.column_metric)
-    return signals if s.row_weight is None else signals * s.row_weight
+def _row_costs(site: Site) -> Tensor:
+    """c_r, what the weights of each row would cost if each were dropped alone, up to a factor, (rows,) float64."""
+    metric = rounding_metric(site)
+    curve, squares = metric.analysis(curvature), site.weight.double().square()
+    costs = squares.sum(1) if curve is None else squares @ curve.inverse.double().reciprocal()
+    return costs if metric.rows is None else costs * metric.rows
 
 
-def _even_steps(share: Tensor, count: int) -> Tensor:
-    """`count` units at even steps of the cumulated share: each as often as its share says."""
-    reached = share.cumsum(0)
+def _even_steps(costs: Tensor, count: int) -> Tensor:
+    """`count` units at even steps of the cumulated costs: each as often as its share says."""
+    reached = costs.cumsum(0)
     steps = (torch.arange(count, dtype=reached.dtype) + 0.5) / count * reached[-1]
-    return torch.searchsorted(reached, steps).clamp_max(len(share) - 1)
-
-
-def _energies(a: Tensor, metric: Tensor | None) -> Tensor:
-    """a_r G a_r^T of every row, float64; the products in float32, as fxcompress.core.metric does."""
-    g = None if metric is None else metric.float()
-    parts = [((p if g is None else p @ g) * p).sum(1, dtype=torch.float64) for p in torch.split(a.float(), ROW_CHUNK)]
-    return torch.cat(parts).clamp_min(0)
+    return torch.searchsorted(reached, steps).clamp_max(len(costs) - 1)
 
 
 def kept_of(columns: int, sparsity: float) -> int:

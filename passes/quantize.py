@@ -30,7 +30,7 @@ from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
 from fxcompress.passes import rounding
-from fxcompress.passes.grid import LOGARITHMIC, MIDDLE, POWERS_OF_TWO, SIXTEENTHS, Lattice, Rounded
+from fxcompress.passes.grid import LOGARITHMIC, MIDDLE, POWERS_OF_TWO, SIXTEENTHS, Lattice, Rounded, cut
 
 GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row
 TRIED = ((2, 0), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 0))
@@ -102,8 +102,11 @@ class Quantize(Storage):
 
     def encode(self, matrix: Tensor, metric: Metric) -> dict[str, Tensor]:
         """codes (rows, packed), scales (rows, groups), zeros (rows, groups / 2) uint8, grid (2,) float32."""
-        x = matrix.float().T.contiguous()
-        ((codes, grid, _),) = _round(x, metric, [self])
+        return self.encode_rows(matrix, metric, torch.arange(len(matrix)))
+
+    def encode_rows(self, matrix: Tensor, metric: Metric, rows: Tensor) -> dict[str, Tensor]:
+        """`encode` of some rows, to the same bits: the grid is that of the whole matrix."""
+        ((codes, grid, _),) = _round(matrix.float().T.contiguous(), metric, [self], rows)
         tensors = {"codes": pack(codes.T.contiguous(), self.bits), "scales": grid.scale_codes.T.contiguous()}
         if grid.zero_codes is not None:
             zeros = pack(grid.zero_codes.T.contiguous(), 4)
@@ -150,13 +153,15 @@ def rounded(site: Site) -> dict[Quantize, Rounded]:
     return dict(zip(settings, _round(x, rounding_metric(site), settings)))
 
 
-def _round(x: Tensor, metric: Metric, settings: list[Quantize]) -> list[Rounded]:
-    """X (columns, rows) at every setting, in their order."""
+def _round(x: Tensor, metric: Metric, settings: list[Quantize], rows: Tensor | None = None) -> list[Rounded]:
+    """X (columns, rows) at every setting, in their order; only the columns `rows` of X where given."""
     columns, curve = len(x), metric.analysis(rounding.curvature)
     importance = None if metric.columns is None else metric.columns.diagonal()
     groups = [q.group(columns) or columns for q in settings]
     grids = [rounding.fit(x, q.bits, g, importance, q.lattice) for q, g in zip(settings, groups)]
     bits = [q.bits for q in settings]
+    if rows is not None and len(rows) < x.shape[1]:
+        x, grids = x[:, rows], [cut(g, rows) for g in grids]
     if curve is None:
         return [Rounded(rounding.nearest(x, g, b, n), g, n) for g, b, n in zip(grids, bits, groups)]
     return [Rounded(*done, n) for done, n in zip(rounding.round_with(x, grids, bits, groups, curve), groups)]

@@ -11,7 +11,8 @@ Rows are ordered by p_r |W_r|^2_M, the loss they stand for; the first `rows8` go
 so on, so the four counts say everything. `space` walks the lower convex hull: for a price lambda a byte each row takes
 argmin_t p_r e_r(t) + lambda bytes(t).
 
-Within its tier a row is rounded as fxcompress.passes.quantize does it. Related: Chen et al., GroupReduce, NeurIPS 2018;
+Within its tier a row is rounded as fxcompress.passes.quantize does it, on the grid that fits the whole table, so that
+what an instance loses is the sum of what its rows lose. Related: Chen et al., GroupReduce, NeurIPS 2018;
 Grave et al., adaptive softmax, ICML 2017 (capacity by frequency).
 """
 
@@ -91,6 +92,10 @@ class QuantizeRows(Storage):
         sums = tables.errors[:, order].double().cumsum(1)  # in the order rows are dealt to the tiers
         return {q: q._dealt(sums) / max(whole, 1e-200) for q in cls.space(site)}
 
+    def dense_weight(self, site: Site) -> Tensor:
+        order = _order(site.weight, rounding_metric(site))
+        return self._assemble(site.analysis(_tables), order).to(site.weight.dtype)
+
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         tiers = (stored_bytes(n, columns, t.bits, t.group(columns)) for n, t in zip(self.counts, TIERS))
         return index_bytes(rows) + sum(tiers)
@@ -104,7 +109,7 @@ class QuantizeRows(Storage):
         place[torch.cat(members)] = torch.arange(len(matrix))
         tensors = {"index": place.to(torch.int16 if len(matrix) <= 1 << 16 else torch.int32)}
         for tier, mine in zip(TIERS, members):
-            encoded = tier.encode(matrix[mine], metric) if len(mine) else tier.empty(matrix.shape[1])
+            encoded = tier.encode_rows(matrix, metric, mine) if len(mine) else tier.empty(matrix.shape[1])
             tensors.update({f"{part}{tier.bits}": t for part, t in encoded.items()})
         return tensors
 

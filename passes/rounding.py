@@ -33,7 +33,7 @@ _STARTS = ((1.0, 0.75), (0.65, 0.45, 0.33))
 # Nothing is worth clipping at 8 bits, and zeros fall on sixteenths of the range: some room is needed for that.
 _STARTS_AT_8_BITS = ((1.07, 1.0), (0.5,))
 _LLOYD_STEPS = 2
-_BLOCK = 32
+_BLOCK = 64
 
 
 class Curvature(NamedTuple):
@@ -128,8 +128,8 @@ def feed_back(x: Tensor, scale: Tensor, zero: Tensor, near: Near, curve: Curvatu
         b = min(a + _BLOCK, columns)
         errors = torch.empty(b - a, rows)
         for j in range(a, b):
-            q[j] = near(w[j] / s[j] + z[j])
-            torch.sub(w[j], (q[j] - z[j]).mul_(s[j]), out=errors[j - a])
+            q[j] = near(torch.addcdiv(z[j], w[j], s[j]))
+            torch.addcmul(w[j], q[j] - z[j], s[j], value=-1, out=errors[j - a])
             errors[j - a].div_(u[j, j])
             if j + 1 < b:
                 w[j + 1 : b].addr_(u[j, j + 1 : b], errors[j - a], alpha=-1)
@@ -141,20 +141,24 @@ def feed_back(x: Tensor, scale: Tensor, zero: Tensor, near: Near, curve: Curvatu
 
 
 def descend(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, near: Near, damped: Tensor) -> Tensor:
-    """Step 3: each code in turn to its best value with all others fixed. Changes `codes` and returns it."""
+    """Step 3: each code in turn to its best value with all others fixed. Changes `codes` and returns it.
+
+    With D = (C - z) s - X the best value of code j is  C_j - (G D)_j / (G_jj s_j).
+    """
     columns = len(x)
     d = (codes - zero) * scale - x
+    per_step = (scale * damped.diagonal().unsqueeze(1)).reciprocal_()
     for a in range(0, columns, _BLOCK):
         b = min(a + _BLOCK, columns)
         gradient, block = damped[a:b] @ d, damped[a:b, a:b]
         for j in range(a, b):
-            best = d[j] + x[j] - gradient[j - a] / block[j - a, j - a]
-            q = near(best / scale[j] + zero[j])
+            i = j - a
+            q = near(torch.addcmul(codes[j], gradient[i], per_step[j], value=-1))
             change = (q - codes[j]).mul_(scale[j])
             codes[j] = q
             d[j] += change
             if j + 1 < b:
-                gradient[j + 1 - a :].addr_(block[j + 1 - a :, j - a], change)
+                gradient[i + 1 :].addr_(block[i + 1 :, i], change)
     return codes
 
 

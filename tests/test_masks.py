@@ -188,8 +188,9 @@ def test_a_chunk_of_rows_changes_nothing(monkeypatch):
         parts = prune(w, metric, pattern, "sparsegpt")
         monkeypatch.undo()
         assert torch.equal(whole.keep, parts.keep)
-        # Sums of 48 terms in another order, times the condition number of the damped metric.
-        torch.testing.assert_close(whole.values, parts.values, rtol=0, atol=COLUMNS * CONDITION * 2**-24)
+        # Sums of 48 terms in another order, once a step of the refit, times the condition number of the damped metric.
+        allowed = masks.REFIT_STEPS * COLUMNS * CONDITION * 2**-24
+        torch.testing.assert_close(whole.values, parts.values, rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("by", CRITERIA)

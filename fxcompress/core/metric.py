@@ -73,12 +73,23 @@ def local_error(site: Site, approximation: Tensor) -> float:
     if judge.input_signal is not None:
         errors.append(_energy(d, judge.input_metric) / judge.input_signal)
     if judge.row_signal is not None and judge.row_root is not None:
-        errors.append(_energy(d * judge.row_root.float(), judge.row_metric) / judge.row_signal)
+        errors.append(_energy(d * judge.row_root, judge.row_metric) / judge.row_signal)
     return sum(errors) / len(errors)
 
 
+def row_errors(site: Site, rows: Tensor, approximation: Tensor) -> Tensor:
+    """What each of `rows` (n,) adds to `local_error` if it is `approximation` (n, columns); (n,) float64."""
+    judge = site.analysis(_judge)
+    d, errors = site.weight[rows].float() - approximation.float(), []
+    if judge.input_signal is not None:
+        errors.append(_row_energies(d, judge.input_metric) / judge.input_signal)
+    if judge.row_signal is not None and judge.row_root is not None:
+        errors.append(_row_energies(d * judge.row_root[rows], judge.row_metric) / judge.row_signal)
+    return torch.stack(errors).mean(0)
+
+
 class _Judge(NamedTuple):
-    """What every candidate of a site is judged by; None where the site has no such use."""
+    """What every candidate of a site is judged by, float32; None where the site has no such use."""
 
     input_metric: Tensor | None
     input_signal: float | None
@@ -93,9 +104,13 @@ def _judge(site: Site) -> _Judge:
         return _Judge(None, _signal(w, None), None, None, None)
     moment = s.second_moment if s.check is None else s.check[0]
     metric, signal = (None, None) if moment is None else (_judging_metric(site), _signal(w, moment))
-    root = None if s.row_weight is None else s.row_weight.sqrt().unsqueeze(1)
-    row_signal = None if root is None else _signal(w * root.float(), s.column_metric)
-    return _Judge(metric, signal, root, s.column_metric, row_signal)
+    root = None if s.row_weight is None else s.row_weight.sqrt().unsqueeze(1).float()
+    row_signal = None if root is None else _signal(w * root, s.column_metric)
+    return _Judge(_single(metric), signal, root, _single(s.column_metric), row_signal)
+
+
+def _single(metric: Tensor | None) -> Tensor | None:
+    return None if metric is None else metric.float()
 
 
 def _judging_metric(site: Site) -> Tensor | None:
@@ -118,13 +133,17 @@ def corrected_bias(site: Site, approximation: Tensor, bias: Tensor) -> Tensor:
 
 
 def _energy(a: Tensor, metric: Tensor | None) -> float:
-    """tr(A G A^T); the products in float32, which costs a millionth and halves the time, the sum in float64."""
+    """tr(A G A^T)."""
     if metric is None:
         return float(a.square().sum(dtype=torch.float64))
-    metric, total = metric.float(), 0.0
-    for part in torch.split(a.float(), ROW_CHUNK):
-        total += float(((part @ metric) * part).sum(dtype=torch.float64))
-    return max(0.0, total)
+    return max(0.0, float(_row_energies(a, metric).sum()))
+
+
+def _row_energies(a: Tensor, metric: Tensor | None) -> Tensor:
+    """a_r G a_r^T of every row, float64; the products in float32, which costs a millionth and halves the time."""
+    g = None if metric is None else metric.float()
+    parts = [(p if g is None else p @ g).mul(p).sum(1, dtype=torch.float64) for p in torch.split(a.float(), ROW_CHUNK)]
+    return torch.cat(parts).clamp_min(0)
 
 
 def _signal(w: Tensor, metric: Tensor | None) -> float:
