@@ -18,7 +18,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Calibration:
 
     def informed(self, site: Site) -> Site:
         """The site with what was seen at it; made when its turn comes: the moments of all at once are large."""
-        return replace(site, statistics=self.statistics(site), _analyses={})
+        return site.knowing(self.statistics(site))
 
     def statistics(self, site: Site) -> Statistics:
         """What was seen at `site`; uses that saw nothing add nothing."""

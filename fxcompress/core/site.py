@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import sympy
 import torch
@@ -120,6 +120,10 @@ class Site:
         if window is not None:
             return weight.reshape(-1, window.channels, *window.kernel)
         return weight.t() if self.transposed else weight
+
+    def knowing(self, statistics: Statistics) -> Self:
+        """The same site with other statistics, and nothing computed from the old ones."""
+        return replace(self, statistics=statistics, _analyses={})
 
     def analysis(self, compute: Callable[[Site], T]) -> T:
         """`compute(self)`, once per site: all ranks read one SVD, all bit widths one Cholesky factor."""
