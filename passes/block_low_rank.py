@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-import fxcompress.codegen.ops.block_low_rank_linear  # noqa: F401 - registers the op
+from fxcompress.codegen.ops.block_low_rank_linear import stacked, unstacked
 from fxcompress.passes.blocks import BlockGrid
 
 
@@ -31,8 +31,8 @@ class BlockLowRank(BlockGrid):
 
     @staticmethod
     def split(weight: Tensor, blocks: int) -> Tensor:
-        return torch.unflatten(weight, 0, (blocks, len(weight) // blocks))
+        return stacked(weight, blocks)
 
     @staticmethod
     def join(parts: Tensor) -> Tensor:
-        return parts.flatten(0, 1)
+        return unstacked(parts)

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fxcompress.codegen.ops.monarch_linear import strided
+from fxcompress.codegen.ops.monarch_linear import strided, unstrided
 from fxcompress.passes.blocks import BlockGrid
 
 
@@ -45,4 +45,4 @@ class Monarch(BlockGrid):
 
     @staticmethod
     def join(parts: Tensor) -> Tensor:
-        return parts.transpose(0, 1).flatten(0, 1)
+        return unstrided(parts)
