@@ -52,7 +52,7 @@ def weight_of(shape, seed=0):
 
 
 def moment_of(columns, seed=1, spread=1.5):
-    """E[x x^T] of correlated inputs whose directions differ by 10^`spread` in size, and by the mixing."""
+    """E[x x^T] of correlated inputs whose directions differ by 10^`spread` in size, besides what mixing them does."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
     mix = mix * torch.logspace(0, -spread, columns, dtype=torch.float64)
