@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from fxcompress.codegen.ops.block_low_rank_linear import stacked, unstacked
 from fxcompress.passes.blocks import BlockGrid
@@ -29,10 +28,5 @@ class BlockLowRank(BlockGrid):
     paper: ClassVar[str] = "arXiv 2406.11307"
     op: ClassVar[Any] = torch.ops.fxcompress.block_low_rank_linear.default
 
-    @staticmethod
-    def split(weight: Tensor, blocks: int) -> Tensor:
-        return stacked(weight, blocks)
-
-    @staticmethod
-    def join(parts: Tensor) -> Tensor:
-        return unstacked(parts)
+    split = staticmethod(stacked)
+    join = staticmethod(unstacked)

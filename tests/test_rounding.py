@@ -17,6 +17,7 @@ from fxcompress.passes.quantize import LARGE_TABLE, Quantize
 from fxcompress.passes.quantize_rows import TIERS, QuantizeRows
 from fxcompress.passes.recipe import Recipe, parse
 from tests.sites import normal, site_of
+from tests.storing import energy, round_trip
 
 SETTINGS = [Quantize(bits, group) for bits in (2, 3, 4, 8) for group in (0, 32, 64, 128)]
 
@@ -30,14 +31,6 @@ def inputs(columns, seed=1, rows=None):
 def moments(x):
     x = x.double()
     return x.T @ x / len(x), x.mean(0)
-
-
-def round_trip(setting, matrix, metric=None):
-    return setting.decode(setting.encode(matrix, metric or Metric()), matrix)
-
-
-def energy(d, moment):
-    return float((d.double() @ moment @ d.double().T).trace())
 
 
 @pytest.mark.parametrize("group", [0, 32])
