@@ -88,8 +88,8 @@ def best_factors(site: Site) -> Factors:
 def _input_metric(site: Site) -> Metric:
     """V reads the site's inputs, but its rows are nobody's vocabulary.
 
-    NB: V stored without a metric, for U to make good, loses up to 8 % less at 4 bits and 3/4 of full rank on MiniLM, and
-    64 % more at a tenth of full rank on a grokked network, where inputs have few directions.
+    NB: V stored without a metric, for U to make good, loses up to 8 % less at 4 bits and 3/4 of full rank on MiniLM,
+    and 64 % more at a tenth of full rank on a grokked network, where inputs have few directions.
     """
     whole = rounding_metric(site)
     return whole if whole.rows is None else Metric(whole.columns)  # the same one is factored once
