@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from fxcompress.core.errors import PlanError
 from fxcompress.core.plan import Candidate
 from fxcompress.core.resize import resize
+from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site, attribute, find_sites
 from fxcompress.core.ties import Tie, label_of
 from fxcompress.passes.dependency import HiddenGroup, find_groups
@@ -29,11 +30,12 @@ from fxcompress.passes.hidden_units import HiddenSite, HiddenUnits, Role, order_
 from fxcompress.passes.recipe import Recipe
 
 
-def find_roles(gm: fx.GraphModule, informed: Callable[[Site], Site] = lambda site: site) -> dict[str, Role | str]:
+def find_roles(gm: SignedModule, informed: Callable[[Site], Site] = lambda site: site) -> dict[str, Role | str]:
     """What each site of a group has to do with it, or why it cannot be chosen alone; other sites are left out.
 
     informed: gives a consumer its statistics (`Calibration.informed`), when an order is first asked for.
     """
+    gm = gm.copy()  # without names of tensors that the graph does not read them by; what is rewritten is a copy, too
     sites, groups = {site.name: site for site in find_sites(gm)}, find_groups(gm)[0]
     parts = Counter(name for group in groups for name in group.sites)
     roles: dict[str, Role | str] = {}
