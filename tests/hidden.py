@@ -1,9 +1,10 @@
-"""For the tests of hidden units: small transformers, captured and calibrated, and how far two runs are apart."""
+"""For the tests of hidden units: small models, captured and calibrated, and how far two runs are apart."""
 
 import functools
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -46,7 +47,8 @@ def captured(model):
 def outputs(run, batch):
     """Every output tensor."""
     with torch.no_grad():
-        return [t for t in pytree.tree_leaves(run(**batch)) if isinstance(t, Tensor)]
+        found = run(batch) if isinstance(batch, Tensor) else run(**batch)
+        return [t for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]
 
 
 def distance(run, reference, batch):
@@ -63,3 +65,63 @@ def with_roles(gm, known):
 
 MODELS = [bert, gpt2, llama, functools.partial(llama, 2), functools.partial(llama, 1)]
 MODEL_IDS = ["bert", "gpt2", "llama", "llama-grouped", "llama-one-key"]
+
+
+class Scaled(nn.Module):
+    """A hidden layer with biases, and a vector of its own between the products."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(32, 64), nn.Linear(64, 32), nn.Parameter(torch.rand(64))
+
+    def forward(self, x):
+        return self.down(self.up(x).relu() * self.scale)
+
+
+class Twice(nn.Module):
+    """The same hidden layer two times: no bias of it can be corrected."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        x = x + self.down(self.up(x).relu())
+        return x + self.down(self.up(x).relu())
+
+
+class Named(nn.Module):
+    """Names unlike those of nn.Linear: a corrected bias gets a new one."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_in, self.b_in = nn.Parameter(0.2 * torch.randn(64, 32)), nn.Parameter(torch.randn(64))
+        self.W_out, self.b_out = nn.Parameter(0.2 * torch.randn(32, 64)), nn.Parameter(torch.randn(32))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.W_in, self.b_in).relu(), self.W_out, self.b_out)
+
+
+class Gated(nn.Module):
+    """Two sites that make the units, with one bias between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.gate.bias = self.up.bias
+
+    def forward(self, x):
+        return self.down(self.gate(x).sigmoid() * self.up(x))
+
+
+def layer(kind=Scaled):
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def vectors():
+    """Inputs of these layers, correlated: some units say what others say."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(6, 32, generator=generator)
+    noise = 0.1 * torch.randn(4, 128, 32, generator=generator)
+    return list(torch.randn(4, 128, 6, generator=generator) @ mix + noise)
