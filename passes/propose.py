@@ -130,7 +130,8 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
     kept: set[str] = set()
     for structure in (r for r in weighed if issubclass(r, Structure)):
         judged = budget.flops is None and not structure.joint
-        rivals = Frontier.of(trials + estimates, site.dense_bytes) if judged else NOTHING
+        alone = [t for t in trials + estimates if not t.recipe.structure.joint]
+        rivals = Frontier.of(alone, site.dense_bytes) if judged else NOTHING
         mine = _estimates(site, structure, storages, trials, most, 1.0 if named else MOST_LOST, rivals)
         good = {str(e.recipe) for e in (_promising(mine, rivals) if judged else mine)}
         if not good:

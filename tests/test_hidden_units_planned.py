@@ -170,6 +170,14 @@ def test_named_it_serves_a_size():
     assert small.report.measured_bytes <= 0.85 * small.report.original_bytes
 
 
+def test_units_that_cost_their_maker_nothing_drive_no_rival_out():
+    pair, offered = ["hidden_units", "low_rank"], []
+    for rewrites in (pair, pair[::-1], ["low_rank"]):
+        plan = plan_only(layer(), "60%", calibration=vectors(), rewrites=rewrites, progress=False)
+        offered.append({c for c in plan.candidates if c.site == "up" and c.spec.startswith("low_rank")})
+    assert offered[0] == offered[1] == offered[2] != set()
+
+
 def test_a_flops_budget_weighs_it_unasked():
     plan = plan_only(layer(), Budget(flops="60%"), calibration=vectors(), progress=False)
     assert any(c.spec.startswith("hidden_units") for c in plan.candidates)
