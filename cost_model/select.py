@@ -32,7 +32,7 @@ from fxcompress.core.units import format_bytes
 
 GAP = 1e-6
 UNBOUNDED = 1e300
-NEXT_TO_NOTHING = {"loss": 0.05, "bytes": 0.01}  # of the free choice's: predictions are not exact to more than that
+NEXT_TO_NOTHING = {"loss": 0.02, "bytes": 0.01}  # of the free choice's: predictions are hardly exact to more
 
 
 @dataclass(frozen=True)
