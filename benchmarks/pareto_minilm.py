@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks._rivals import at_equal_sizes
 from benchmarks.models import data, minilm
 from fxcompress.api import _carry_out, observe, price, resolve, untouched
 from fxcompress.checkpoint import bytes_on_disk
@@ -104,23 +105,11 @@ def measured(family, budget, original, known, plan, reference) -> Point:  # type
 
 def losses(mix: Plan, family: str, alone: Plan) -> list[str]:
     """Sizes at which the mix's prediction is worse than the family's."""
-    found = []
-    for ratio in GRID:
-        budget = Budget(size=f"{ratio}x")
-        try:
-            # A plan with more candidates is itself longer: compare at equal bytes of weights.
-            theirs = choose(replace(alone, fixed_bytes=mix.fixed_bytes), budget).predicted_loss
-        except InfeasibleBudgetError:
-            continue
-        if theirs > 1:  # as large as the output itself: no model any more
-            continue
-        try:
-            ours = choose(mix, budget).predicted_loss
-        except InfeasibleBudgetError:
-            ours = float("inf")
-        if ours > theirs * (1 + TOLERANCE):
-            found.append(f"at {ratio:.2f}x {family} alone predicts loss {theirs:.4g}, the mix {ours:.4g}")
-    return found
+    return [
+        f"at {ratio:.2f}x {family} alone predicts loss {theirs:.4g}, the mix {ours:.4g}"
+        for ratio, ours, theirs in at_equal_sizes(mix, alone, GRID)
+        if ours > theirs * (1 + TOLERANCE)
+    ]
 
 
 def write(points: list[Point], path: Path) -> None:

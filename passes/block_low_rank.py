@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-import fxcompress.codegen.ops.block_low_rank_linear  # noqa: F401 - registers the op
+from fxcompress.codegen.ops.block_low_rank_linear import stacked, unstacked
 from fxcompress.passes.blocks import BlockGrid
 
 
@@ -29,10 +28,5 @@ class BlockLowRank(BlockGrid):
     paper: ClassVar[str] = "arXiv 2406.11307"
     op: ClassVar[Any] = torch.ops.fxcompress.block_low_rank_linear.default
 
-    @staticmethod
-    def split(weight: Tensor, blocks: int) -> Tensor:
-        return torch.unflatten(weight, 0, (blocks, len(weight) // blocks))
-
-    @staticmethod
-    def join(parts: Tensor) -> Tensor:
-        return parts.flatten(0, 1)
+    split = staticmethod(stacked)
+    join = staticmethod(unstacked)

@@ -60,7 +60,7 @@ class BlockGrid(Structure):
 
     @staticmethod
     @abstractmethod
-    def split(weight: Tensor, blocks: int) -> Tensor:
+    def split(matrix: Tensor, blocks: int) -> Tensor:
         """(out, n) -> (blocks, out/blocks, n), the outputs of each block row; a view."""
 
     @staticmethod

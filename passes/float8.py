@@ -22,7 +22,7 @@ from torch import Tensor, fx
 import fxcompress.codegen.ops.float8_embedding  # noqa: F401 - registers what `lookup` calls
 from fxcompress.codegen.ops.dequantize_float8 import dequantize_float8
 from fxcompress.core.budget import Budget
-from fxcompress.core.metric import Metric, local_error, rounding_metric
+from fxcompress.core.metric import Metric, local_error
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
 from fxcompress.passes import rounding
@@ -62,8 +62,7 @@ class Float8(Storage):
 
     @classmethod
     def dense_errors(cls, site: Site) -> dict[Storage, float]:
-        made = {q: q.decode(q.encode(site.weight, rounding_metric(site)), site.weight) for q in cls.space(site)}
-        return {q: local_error(site, weight) for q, weight in made.items()}
+        return {q: local_error(site, q.dense_weight(site)) for q in cls.space(site)}
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         return rows * (columns + 4)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, rounding_metric, row_errors
-from fxcompress.core.site import Site, Use
+from fxcompress.core.site import Site
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt")
 DAMPING = 0.1  # of mean(diag G), as in rounding: 0.01 (the paper's) loses 6 % more on held-out sentences, 0.3 3 % more
@@ -268,24 +268,3 @@ def check_share(name: str, sparsity: float) -> None:
     """Raise `SpecError` unless `sparsity` is a share between 0 and 1."""
     if not isinstance(sparsity, int | float) or isinstance(sparsity, bool) or not 0 < sparsity < 1:
         raise SpecError(f"{name} sparsity={sparsity!r} must be the share of weights to drop, between 0 and 1.")
-
-
-def check_criterion(name: str, by: str) -> None:
-    """Raise `SpecError` unless `by` is one of CRITERIA."""
-    if by not in CRITERIA:
-        raise SpecError(f"{name} by={by}: allowed are {', '.join(CRITERIA)}.")
-
-
-def for_storing(pruned: Pruned, site: Site) -> tuple[Tensor, Metric]:
-    """The values in the weight's dtype, and their metric.
-
-    A column of values holds weights of many columns of W, so it has no place in G: only rows keep their weight.
-    """
-    return pruned.values.to(site.weight.dtype), Metric(rows=rounding_metric(site).rows)
-
-
-def columns_of(use: Use) -> int:
-    """Columns of the weight that `use` reads: features of a product's input, of a patch, or of a looked-up row."""
-    if use.window is not None:
-        return use.window.columns
-    return int((use.node if use.kind == "embedding" else use.x).meta["val"].shape[-1])

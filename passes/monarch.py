@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from fxcompress.codegen.ops.monarch_linear import strided
+from fxcompress.codegen.ops.monarch_linear import strided, unstrided
 from fxcompress.passes.blocks import BlockGrid
 
 
@@ -39,10 +38,5 @@ class Monarch(BlockGrid):
 
     rank: int | float = 1
 
-    @staticmethod
-    def split(weight: Tensor, blocks: int) -> Tensor:
-        return strided(weight, blocks)
-
-    @staticmethod
-    def join(parts: Tensor) -> Tensor:
-        return parts.transpose(0, 1).flatten(0, 1)
+    split = staticmethod(strided)
+    join = staticmethod(unstrided)

@@ -14,40 +14,36 @@ Papers: Frantar & Alistarh, SparseGPT, ICML 2023 (arXiv 2301.00774); Sun et al.,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor
+from torch._ops import OpOverload
 
-from fxcompress.codegen.ops import unmask as op
-from fxcompress.core.budget import Budget
-from fxcompress.core.cost import Cost
+from fxcompress.codegen.ops import unmask
 from fxcompress.core.errors import SpecError
-from fxcompress.core.rewrite import Operand, Store, Structure
-from fxcompress.core.site import Site, Use, tokens_of, use_cost
+from fxcompress.core.site import Site
 from fxcompress.passes import masks
-from fxcompress.passes.dense import Dense
-from fxcompress.passes.masks import Pattern, Projection
-from fxcompress.passes.quantize import is_table
+from fxcompress.passes.masks import Pattern
+from fxcompress.passes.pruning import Pruning
 
 
 @dataclass(frozen=True)
-class Prune(Structure):
+class Prune(Pruning):
     """The share `sparsity` of every row dropped, chosen `by` one of masks.CRITERIA."""
 
     name: ClassVar[str] = "prune"
-    paper: ClassVar[str] = "arXiv 2301.00774"
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution")
+    which: ClassVar[str] = "mask"
+    op: ClassVar[OpOverload] = torch.ops.fxcompress.unmask.default
 
     sparsity: float
     by: str = "sparsegpt"
 
     def __post_init__(self) -> None:
         masks.check_share(self.name, self.sparsity)
-        masks.check_criterion(self.name, self.by)
+        super().__post_init__()
 
     def check(self, site: Site) -> None:
         if not 0 < self.kept(site) < site.columns:
@@ -63,11 +59,6 @@ class Prune(Structure):
         return "a row of 1 weight has nothing to drop" if site.columns < 2 else None
 
     @classmethod
-    def unasked(cls, site: Site, budget: Budget) -> str | None:
-        # On MiniLM's 30,522 rows no instance came near the tiers, and each took 3 seconds to find that out.
-        return "the rows of a table are read one by one, and tiers of bits fit them better" if is_table(site) else None
-
-    @classmethod
     def space(cls, site: Site) -> Iterator[Self]:
         yield from (cls(sparsity) for sparsity in masks.sparsities(site.weight != 0))
 
@@ -79,38 +70,13 @@ class Prune(Structure):
         return {"values": (site.rows, self.kept(site))}
 
     def kept_bytes(self, site: Site) -> int:
-        return site.rows * op.mask_bytes(site.columns)
+        return site.rows * unmask.mask_bytes(site.columns)
 
-    def error_bound(self, site: Site) -> float:
-        return site.analysis(masks.Bound(self._projection(site)))
+    def pattern(self, site: Site) -> Pattern:
+        return Pattern(self.kept(site))
 
-    def unstored(self, site: Site) -> Tensor:
-        return site.analysis(self._projection(site)).dense()
+    def packed(self, keep: Tensor) -> Tensor:
+        return unmask.bits_of(keep)
 
-    def factor(self, site: Site, store: Store) -> None:
-        pruned = site.analysis(self._projection(site))
-        store("values", *masks.for_storing(pruned, site))
-        store.keep("mask", op.bits_of(pruned.keep))
-
-    def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
-        weight: Tensor = op.unmask(factors["mask"], factors["values"], site.columns, 1)
-        return weight
-
-    def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
-        mask, values = operands["mask"], operands["values"]
-
-        def unmask(mask: fx.Node, values: fx.Node) -> fx.Node:
-            return graph.call_function(torch.ops.fxcompress.unmask.default, (mask, values, masks.columns_of(use), 1))
-
-        weight = Operand(
-            lambda: unmask(mask.read(), values.read()), lambda ids: unmask(mask.lookup(ids), values.lookup(ids))
-        )
-        return Dense().emit(graph, use, {"weight": weight}, bias)
-
-    def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
-        made = tokens_of(use) if use.kind == "embedding" else sympy.Integer(rows)
-        return use_cost(use, rows, columns, weight_bytes, itemsize) + op.cost(made, columns, itemsize)
-
-    def _projection(self, site: Site) -> Projection:
-        self.check(site)
-        return Projection(Pattern(self.kept(site)), self.by)
+    def constants(self, columns: int) -> tuple[int, ...]:
+        return columns, 1  # a bit stands for one weight

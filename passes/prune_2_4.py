@@ -15,40 +15,32 @@ Papers: Frantar & Alistarh, SparseGPT, ICML 2023 (arXiv 2301.00774); Sun et al.,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor
+from torch._ops import OpOverload
 
-from fxcompress.codegen.ops import unmask, unmask_2_4
-from fxcompress.core.budget import Budget
-from fxcompress.core.cost import Cost
+from fxcompress.codegen.ops import unmask_2_4
 from fxcompress.core.errors import SpecError
-from fxcompress.core.rewrite import Operand, Store, Structure
-from fxcompress.core.site import Site, Use, tokens_of, use_cost
-from fxcompress.passes import masks
-from fxcompress.passes.dense import Dense
-from fxcompress.passes.masks import Pattern, Projection
-from fxcompress.passes.quantize import is_table
+from fxcompress.core.site import Site
+from fxcompress.passes.masks import Pattern
+from fxcompress.passes.pruning import Pruning
 
 PATTERN = Pattern(kept=2, group=4)
 
 
 @dataclass(frozen=True)
-class Prune24(Structure):
+class Prune24(Pruning):
     """Two of every four neighbours in a row, chosen `by` one of masks.CRITERIA."""
 
     name: ClassVar[str] = "prune_2_4"
-    paper: ClassVar[str] = "arXiv 2301.00774"
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution")
+    which: ClassVar[str] = "patterns"
+    op: ClassVar[OpOverload] = torch.ops.fxcompress.unmask_2_4.default
 
     by: str = "sparsegpt"
-
-    def __post_init__(self) -> None:
-        masks.check_criterion(self.name, self.by)
 
     def check(self, site: Site) -> None:
         if site.columns % PATTERN.group:
@@ -66,11 +58,6 @@ class Prune24(Structure):
         return None
 
     @classmethod
-    def unasked(cls, site: Site, budget: Budget) -> str | None:
-        # On MiniLM's 30,522 rows no instance came near the tiers, and each took 3 seconds to find that out.
-        return "the rows of a table are read one by one, and tiers of bits fit them better" if is_table(site) else None
-
-    @classmethod
     def space(cls, site: Site) -> Iterator[Self]:
         yield cls()
 
@@ -80,36 +67,11 @@ class Prune24(Structure):
     def kept_bytes(self, site: Site) -> int:
         return site.rows * unmask_2_4.pattern_bytes(site.columns)
 
-    def error_bound(self, site: Site) -> float:
-        return site.analysis(masks.Bound(self._projection(site)))
+    def pattern(self, site: Site) -> Pattern:
+        return PATTERN
 
-    def unstored(self, site: Site) -> Tensor:
-        return site.analysis(self._projection(site)).dense()
+    def packed(self, keep: Tensor) -> Tensor:
+        return unmask_2_4.patterns_of(keep)
 
-    def factor(self, site: Site, store: Store) -> None:
-        pruned = site.analysis(self._projection(site))
-        store("values", *masks.for_storing(pruned, site))
-        store.keep("patterns", unmask_2_4.patterns_of(pruned.keep))
-
-    def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
-        weight: Tensor = unmask_2_4.unmask_2_4(factors["patterns"], factors["values"])
-        return weight
-
-    def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
-        patterns, values = operands["patterns"], operands["values"]
-
-        def dense(patterns: fx.Node, values: fx.Node) -> fx.Node:
-            return graph.call_function(torch.ops.fxcompress.unmask_2_4.default, (patterns, values))
-
-        weight = Operand(
-            lambda: dense(patterns.read(), values.read()), lambda ids: dense(patterns.lookup(ids), values.lookup(ids))
-        )
-        return Dense().emit(graph, use, {"weight": weight}, bias)
-
-    def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
-        made = tokens_of(use) if use.kind == "embedding" else sympy.Integer(rows)
-        return use_cost(use, rows, columns, weight_bytes, itemsize) + unmask.cost(made, columns, itemsize)
-
-    def _projection(self, site: Site) -> Projection:
-        self.check(site)
-        return Projection(PATTERN, self.by)
+    def constants(self, columns: int) -> tuple[int, ...]:
+        return ()

@@ -24,30 +24,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import sympy
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
-from fxcompress.codegen.ops import unmask as op
+from fxcompress.codegen.ops import unmask
 from fxcompress.core.budget import Budget
-from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.rewrite import Operand, Store, Structure
-from fxcompress.core.site import Site, Use, tokens_of, use_cost
+from fxcompress.core.rewrite import Operand
+from fxcompress.core.site import Site
 from fxcompress.passes import masks
-from fxcompress.passes.dense import Dense
-from fxcompress.passes.masks import Pattern, Projection
+from fxcompress.passes.masks import Pattern
+from fxcompress.passes.pruning import Pruning
 
 LARGEST = 16  # offered, where it divides: what matrix units multiply at once; larger tiles lose more
 
 
 @dataclass(frozen=True)
-class PruneBlocks(Structure):
+class PruneBlocks(Pruning):
     """The share `sparsity` of the `block` x `block` tiles dropped, chosen `by` one of masks.CRITERIA."""
 
     name: ClassVar[str] = "prune_blocks"
-    paper: ClassVar[str] = "arXiv 2301.00774"
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution")
+    which: ClassVar[str] = "mask"
+    op: ClassVar[OpOverload] = torch.ops.fxcompress.unmask.default
 
     sparsity: float
     block: int = 16
@@ -55,7 +54,7 @@ class PruneBlocks(Structure):
 
     def __post_init__(self) -> None:
         masks.check_share(self.name, self.sparsity)
-        masks.check_criterion(self.name, self.by)
+        super().__post_init__()
         if not isinstance(self.block, int) or self.block < 2:
             raise SpecError(f"{self.name} block={self.block!r} must be a whole number of at least 2.")
 
@@ -102,49 +101,33 @@ class PruneBlocks(Structure):
         return {"values": (site.rows, self.kept(site) * self.block)}
 
     def kept_bytes(self, site: Site) -> int:
-        return site.rows // self.block * op.mask_bytes(site.columns // self.block)
+        return site.rows // self.block * unmask.mask_bytes(site.columns // self.block)
 
-    def error_bound(self, site: Site) -> float:
-        return site.analysis(masks.Bound(self._projection(site)))
+    def pattern(self, site: Site) -> Pattern:
+        return Pattern(self.kept(site), tile=self.block)
 
-    def unstored(self, site: Site) -> Tensor:
-        return site.analysis(self._projection(site)).dense()
+    def packed(self, keep: Tensor) -> Tensor:
+        return unmask.bits_of(keep[:: self.block, :: self.block])
 
-    def factor(self, site: Site, store: Store) -> None:
-        pruned = site.analysis(self._projection(site))
-        store("values", *masks.for_storing(pruned, site))
-        store.keep("mask", op.bits_of(pruned.keep[:: self.block, :: self.block]))
+    def constants(self, columns: int) -> tuple[int, ...]:
+        return columns, self.block
 
     def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
-        mask = factors["mask"].repeat_interleave(self.block, 0)
-        weight: Tensor = op.unmask(mask, factors["values"], site.columns, self.block)
-        return weight
+        return super().dense({**factors, "mask": factors["mask"].repeat_interleave(self.block, 0)}, site)
 
-    def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
-        aten, mask, values = torch.ops.aten, operands["mask"], operands["values"]
-
-        def dense(mask: fx.Node, values: fx.Node) -> fx.Node:
-            args = (mask, values, masks.columns_of(use), self.block)
-            return graph.call_function(torch.ops.fxcompress.unmask.default, args)
+    def row_by_row(self, graph: fx.Graph, which: Operand) -> Operand:
+        """A row of the mask stands for a row of tiles."""
+        aten = torch.ops.aten
 
         def read() -> fx.Node:
-            rows = graph.call_function(aten.repeat_interleave.self_int, (mask.read(), self.block, 0))
-            return dense(rows, values.read())
+            return graph.call_function(aten.repeat_interleave.self_int, (which.read(), self.block, 0))
 
         def lookup(ids: fx.Node) -> fx.Node:
             tile_row = graph.call_function(aten.floor_divide.default, (ids, self.block))
             tile_row.meta["val"] = ids.meta["val"]  # of the same shape and dtype
-            return dense(mask.lookup(tile_row), values.lookup(ids))
+            return which.lookup(tile_row)
 
-        return Dense().emit(graph, use, {"weight": Operand(read, lookup)}, bias)
-
-    def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
-        made = tokens_of(use) if use.kind == "embedding" else sympy.Integer(rows)
-        return use_cost(use, rows, columns, weight_bytes, itemsize) + op.cost(made, columns, itemsize)
-
-    def _projection(self, site: Site) -> Projection:
-        self.check(site)
-        return Projection(Pattern(self.kept(site), tile=self.block), self.by)
+        return Operand(read, lookup)
 
 
 def _offered(site: Site) -> int | None:

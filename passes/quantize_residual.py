@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from fxcompress.core.budget import Budget
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, local_error, rounding_metric
+from fxcompress.core.metric import Metric, local_error
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
 from fxcompress.passes.grid import ROW_CHUNK
@@ -82,8 +82,7 @@ class QuantizeResidual(Storage):
 
     @classmethod
     def dense_errors(cls, site: Site) -> dict[Storage, float]:
-        made = {q: q.decode(q.encode(site.weight, rounding_metric(site)), site.weight) for q in cls.space(site)}
-        return {q: local_error(site, weight) for q, weight in made.items()}
+        return {q: local_error(site, q.dense_weight(site)) for q in cls.space(site)}
 
     def check(self, site: Site) -> None:
         most = min(site.rows, site.columns)

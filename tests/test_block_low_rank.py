@@ -1,24 +1,20 @@
-"""Block-wise low rank: each block against numpy's SVD, the refit against least squares, the op against the product."""
+"""Block-wise low rank: each block against numpy's SVD, the refit against least squares, what is refused."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxcompress.codegen.ops.block_low_rank_linear import block_low_rank_linear, product
-from fxcompress.core.capture import capture
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import local_error
 from fxcompress.core.rewrite import Store
-from fxcompress.core.site import find_sites
-from fxcompress.core.surgery import finish
 from fxcompress.passes.block_low_rank import BlockLowRank
 from fxcompress.passes.low_rank import DAMPING, LowRank
 from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.recipe import Recipe, parse
-from tests.test_low_rank import moment_of, site_of, truncated, weight_of
+from tests.sites import moment_of, site_of, weight_of
+from tests.test_low_rank import truncated
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 CASES = [(blocks, rank) for blocks in (1, 2, 4, 8) for rank in (1, 2, 3)]
@@ -32,14 +28,6 @@ def block_truncated(weight, blocks, rank):
 
 def damped_moment(moment):
     return moment.numpy() + DAMPING * float(moment.diagonal().mean()) * np.eye(len(moment))
-
-
-def operands(blocks=4, rank=3, tokens=(2, 5), bias=True, dtype=torch.float32, grad=False, rows=12, columns=20):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(*tokens, columns), (blocks * rank, columns), (rows, blocks * rank)]
-    x, v, u = (torch.randn(s, generator=generator, dtype=dtype).requires_grad_(grad) for s in shapes)
-    b = torch.randn(rows, generator=generator, dtype=dtype).requires_grad_(grad) if bias else None
-    return x, v, u, blocks, b
 
 
 @pytest.mark.parametrize(("blocks", "rank"), CASES)
@@ -313,74 +301,3 @@ def test_the_dense_weight_is_differentiable_in_its_factors():
     site = site_of(torch.ones(8, 12))
     factors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 12), (8, 4))]
     assert torch.autograd.gradcheck(lambda v, u: BlockLowRank(2, 2).dense({"v": v, "u": u}, site), factors)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tokens", [(2, 5), (), (0,), (1,), (3, 0, 2)])
-@pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_the_op_is_the_product_with_its_dense_weight(blocks, tokens, bias):
-    args = operands(blocks, 3, tokens, bias)
-    x, v, u, _, b = args
-    structure, site = BlockLowRank(blocks, 3), site_of(torch.ones(12, 20))
-    weight = structure.dense({"v": v, "u": u}, site)
-    want = torch.nn.functional.linear(x.double(), weight, None if b is None else b.double())
-    got = block_low_rank_linear(*args)
-    size = x.abs().double() @ structure.dense({"v": v.abs(), "u": u.abs()}, site).T + (0 if b is None else b.abs())
-    # Sums of 20 / blocks and of 3 blocks products and a bias, each rounded by 2^-24 of its magnitude at most.
-    assert bool(((got - want).abs() <= (20 + 12 + 1) * 2**-24 * size).all())
-    fake = block_low_rank_linear(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in args))
-    assert (fake.shape, fake.dtype, fake.stride()) == (got.shape, got.dtype, got.stride())
-    assert set(torch.library.opcheck(block_low_rank_linear, args).values()) == {"SUCCESS"}
-
-
-def test_blocks_of_one_output_still_give_a_contiguous_answer():
-    args = operands(4, 1, (5,), rows=4)
-    got = block_low_rank_linear(*args)
-    assert got.is_contiguous()
-    assert set(torch.library.opcheck(block_low_rank_linear, args).values()) == {"SUCCESS"}
-
-
-@pytest.mark.parametrize("tokens", [(2, 3), (), (0,)])
-def test_the_gradient_of_the_op_is_that_of_the_product(tokens):
-    x, v, u, blocks, b = operands(2, 2, tokens, dtype=torch.float64, grad=True, rows=6, columns=4)
-    assert torch.autograd.gradcheck(lambda *a: block_low_rank_linear(*a[:3], blocks, a[3]), (x, v, u, b))
-    graded = operands(2, 2, (3,), grad=True)
-    assert set(torch.library.opcheck(block_low_rank_linear, graded).values()) == {"SUCCESS"}
-
-
-def test_backward_keeps_the_inputs_and_nothing_else():
-    x, v, u, blocks, b = operands(grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        block_low_rank_linear(x, v, u, blocks, b)
-    assert sorted(kept) == sorted(t.data_ptr() for t in (x, v, u))
-
-
-def test_the_dense_weight_is_never_built():
-    class Largest(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            self.seen = max(self.seen, out.numel() if isinstance(out, torch.Tensor) else 0)
-            return out
-
-    x, v, u, blocks, _ = operands(4, 1, (2,), rows=64, columns=64)
-    with Largest() as mode:
-        product(x, v, u.unflatten(0, (blocks, 16)))
-    assert 0 < mode.seen <= v.numel() < 64 * 64
-
-
-@pytest.mark.parametrize("storage", [None, Quantize(8, 0)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_it_takes_its_place_in_a_graph(bias, storage):
-    torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(20, 12, bias=bias)), torch.randn(3, 20)
-    gm = capture(model, (x,))
-    (site,) = find_sites(gm)
-    made = Recipe(BlockLowRank(4, 2), storage).make(site)
-    made.apply(gm, site)
-    finish(gm)
-    want = torch.nn.functional.linear(x, made.weight, model[0].bias)
-    assert any(node.target is torch.ops.fxcompress.block_low_rank_linear.default for node in gm.graph.nodes)
-    assert float((gm(x) - want).detach().abs().max()) < 1e-5  # sums of 20 in float32, in another order

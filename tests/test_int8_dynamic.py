@@ -1,26 +1,22 @@
 """int8 on both sides: exact integers against numpy, the error of rounding x as it is predicted, smoothing."""
 
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
 
 from benchmarks.models import data as texts
 from benchmarks.models import minilm
 from fxcompress.codegen.ops.int8_dynamic_linear import cost, int8_dynamic_linear, rounded_tokens
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import local_error
-from fxcompress.core.site import Statistics, find_sites, use_cost
+from fxcompress.core.site import use_cost
 from fxcompress.core.surgery import finish
 from fxcompress.passes.int8_dynamic import Int8Dynamic
 from fxcompress.passes.recipe import Recipe, parse
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tests import sites
+from tests.sites import normal
 
 
 def outlying(tokens, columns, seed=1):
@@ -32,24 +28,11 @@ def outlying(tokens, columns, seed=1):
 
 def graph_of(weight, x=None, bias=None, kind="linear"):
     """One use of `weight` -> (graph module, its site, calibrated on the rows of x)."""
-    root = nn.Module()
-    root.weight = nn.Parameter(weight, requires_grad=False)
-    graph = fx.Graph()
-    given, w = graph.placeholder("x"), graph.get_attr("weight")
-    args = (given, w) if kind == "linear" else (w, given)
-    if bias is not None:
-        root.bias = nn.Parameter(bias, requires_grad=False)
-        args = (*args, graph.get_attr("bias"))
-        args[-1].meta["val"] = bias
-    op = {"linear": torch.ops.aten.linear.default, "embedding": torch.ops.aten.embedding.default}[kind]
-    graph.output(graph.call_function(op, args))
-    gm = fx.GraphModule(root, graph)
-    (site,) = find_sites(gm)
     if x is None:
-        return gm, site
+        return sites.graph_of(weight, kind, bias)
     wide = x.double()
-    seen = Statistics(wide.T @ wide / len(x), wide.mean(0), sample=x[:256].float())
-    return gm, replace(site, statistics=seen, _analyses={})
+    seen = {"second_moment": wide.T @ wide / len(x), "mean": wide.mean(0), "sample": x[:256].float()}
+    return sites.graph_of(weight, kind, bias, **seen)
 
 
 class Unsmoothed(Int8Dynamic):

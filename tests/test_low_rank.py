@@ -1,51 +1,21 @@
 """Low rank: Eckart-Young against scipy, with and without a metric, on awkward weights, and what is refused."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch import fx, nn
 
 from benchmarks import whitening_minilm
 from benchmarks.models import minilm
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import local_error, rounding_metric
-from fxcompress.core.site import Statistics, find_sites
 from fxcompress.passes.low_rank import DAMPING, LowRank, best_factors
 from fxcompress.passes.recipe import Recipe
+from tests.sites import moment_of, site_of, weight_of
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
-
-
-def site_of(weight, kind="linear", **statistics):
-    """A site of one use without a bias."""
-    root = nn.Module()
-    root.weight = nn.Parameter(weight, requires_grad=False)
-    graph = fx.Graph()
-    x, w = graph.placeholder("x"), graph.get_attr("weight")
-    op = {"linear": torch.ops.aten.linear.default, "embedding": torch.ops.aten.embedding.default}[kind]
-    graph.output(graph.call_function(op, (x, w) if kind == "linear" else (w, x)))
-    (site,) = find_sites(fx.GraphModule(root, graph))
-    return replace(site, statistics=Statistics(**statistics))
-
-
-def weight_of(shape, seed=0):
-    """Singular values that fall like 1, 1/2, 1/3, ...: no ties, nothing vanishes."""
-    generator = torch.Generator().manual_seed(seed)
-    u, _, vt = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
-    return (u / torch.arange(1, len(vt) + 1) @ vt).float()
-
-
-def moment_of(columns, seed=1):
-    """E[x x^T] of correlated inputs whose directions differ by 10^3 in energy."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
-    mix = mix * torch.logspace(0, -1.5, columns, dtype=torch.float64)
-    x = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ mix.T
-    return x.T @ x / len(x)
 
 
 def truncated(matrix, rank):

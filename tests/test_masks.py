@@ -11,7 +11,7 @@ from fxcompress.core.metric import Metric, local_error
 from fxcompress.core.site import Statistics
 from fxcompress.passes import masks
 from fxcompress.passes.masks import CRITERIA, Pattern, Projection, curvature, prune
-from tests.test_low_rank import moment_of, site_of, weight_of
+from tests.sites import moment_of, site_of, weight_of
 
 COLUMNS, ROWS = 48, 32
 CONDITION = 1e2  # damped(moment_of(COLUMNS)) has 93

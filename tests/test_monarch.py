@@ -1,4 +1,4 @@
-"""Monarch: the projection against einsum and numpy, P L P^T R as matrices, the published parameter counts, the op."""
+"""Monarch: the projection against einsum and numpy, P L P^T R as matrices, the published parameter counts."""
 
 import itertools
 
@@ -6,18 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fxcompress.codegen.ops.monarch_linear import monarch_linear
-from fxcompress.core.capture import capture
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import local_error
-from fxcompress.core.site import find_sites
-from fxcompress.core.surgery import finish
 from fxcompress.passes.block_low_rank import BlockLowRank
 from fxcompress.passes.monarch import Monarch
-from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.recipe import Recipe, parse
-from tests.test_block_low_rank import operands
-from tests.test_low_rank import moment_of, site_of, weight_of
+from tests.sites import moment_of, site_of, weight_of
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (36, 36)]
 
@@ -127,61 +121,3 @@ def test_illegal_parameters_name_the_site_and_what_is_allowed():
         Monarch(0)
     with pytest.raises(SpecError, match=r"monarch rank=0 must be a whole number of at least 1, or a share"):
         Monarch(2, 0)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tokens", [(2, 5), (), (0,), (1,), (3, 0, 2)])
-@pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_the_op_is_the_product_with_its_dense_weight(blocks, tokens, bias):
-    args = operands(blocks, 3, tokens, bias)
-    x, v, u, _, b = args
-    structure, site = Monarch(blocks, 3), site_of(torch.ones(12, 20))
-    weight = structure.dense({"v": v, "u": u}, site)
-    want = torch.nn.functional.linear(x.double(), weight, None if b is None else b.double())
-    got = monarch_linear(*args)
-    size = x.abs().double() @ structure.dense({"v": v.abs(), "u": u.abs()}, site).T + (0 if b is None else b.abs())
-    # Sums of 20 / blocks and of 3 blocks products and a bias, each rounded by 2^-24 of its magnitude at most.
-    assert bool(((got - want).abs() <= (20 + 12 + 1) * 2**-24 * size).all())
-    fake = monarch_linear(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in args))
-    assert (fake.shape, fake.dtype, fake.stride()) == (got.shape, got.dtype, got.stride())
-    assert set(torch.library.opcheck(monarch_linear, args).values()) == {"SUCCESS"}
-
-
-def test_blocks_of_one_output_still_give_a_contiguous_answer():
-    args = operands(4, 1, (5,), rows=4)
-    got = monarch_linear(*args)
-    assert got.is_contiguous()
-    assert set(torch.library.opcheck(monarch_linear, args).values()) == {"SUCCESS"}
-
-
-@pytest.mark.parametrize("tokens", [(2, 3), (), (0,)])
-def test_the_gradient_of_the_op_is_that_of_the_product(tokens):
-    x, v, u, blocks, b = operands(2, 2, tokens, dtype=torch.float64, grad=True, rows=6, columns=4)
-    assert torch.autograd.gradcheck(lambda *a: monarch_linear(*a[:3], blocks, a[3]), (x, v, u, b))
-    assert set(torch.library.opcheck(monarch_linear, operands(2, 2, (3,), grad=True)).values()) == {"SUCCESS"}
-
-
-def test_backward_keeps_the_inputs_and_nothing_else():
-    x, v, u, blocks, b = operands(grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        monarch_linear(x, v, u, blocks, b)
-    assert sorted(kept) == sorted(t.data_ptr() for t in (x, v, u))
-
-
-@pytest.mark.parametrize("storage", [None, Quantize(8, 0)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_it_takes_its_place_in_a_graph(bias, storage):
-    torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(20, 12, bias=bias)), torch.randn(3, 20)
-    gm = capture(model, (x,))
-    (site,) = find_sites(gm)
-    made = Recipe(Monarch(4, 2), storage).make(site)
-    assert Recipe(Monarch(4, 2), storage).stored_bytes(site) == sum(
-        t.numel() * t.element_size() for t in made.tensors.values()
-    )
-    made.apply(gm, site)
-    finish(gm)
-    want = torch.nn.functional.linear(x, made.weight, model[0].bias)
-    assert any(node.target is torch.ops.fxcompress.monarch_linear.default for node in gm.graph.nodes)
-    assert float((gm(x) - want).detach().abs().max()) < 1e-5  # sums of 20 in float32, in another order

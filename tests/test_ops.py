@@ -63,7 +63,7 @@ CASES = [
 def test_no_op_shares_a_name():
     names = [op._qualname for op in OPS]
     assert len(set(names)) == len(names)
-    assert set(SAMPLES) < set(names)  # the others: tests/test_contract.py, test_linformer.py, test_fuse.py
+    assert set(SAMPLES) < set(names)  # the others: tests/test_contract.py, test_linformer_op.py, test_fuse.py
 
 
 @pytest.mark.parametrize(("op", "make"), CASES)

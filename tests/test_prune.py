@@ -21,7 +21,7 @@ from fxcompress.passes.prune_2_4 import Prune24
 from fxcompress.passes.prune_blocks import PruneBlocks
 from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.recipe import Recipe, parse
-from tests.test_low_rank import moment_of, site_of, weight_of
+from tests.sites import moment_of, site_of, weight_of
 
 KNOWN = (Prune, Prune24, PruneBlocks, Quantize)
 ROWWISE, BLOCKS = [Prune(0.5), Prune(0.7, "wanda")], [PruneBlocks(0.5, 4), PruneBlocks(0.25, 8)]

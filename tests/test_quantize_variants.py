@@ -1,26 +1,17 @@
-"""Storages beside plain blockwise quantization: symmetric, power-of-two, 8-bit floats, a low-rank correction."""
+"""Storages beside plain blockwise quantization: symmetric and power-of-two grids, and what all of them promise."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import safetensors.torch
-import scipy.linalg
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
 
-from benchmarks import block_scales
-from benchmarks.models import minilm
 from fxcompress.codegen.ops.dequantize import dequantize, stored_bytes
 from fxcompress.codegen.ops.dequantize_float8 import dequantize_float8
 from fxcompress.codegen.ops.float8_embedding import float8_embedding
 from fxcompress.codegen.ops.quantized_embedding import quantized_embedding
 from fxcompress.codegen.packing import BITS, pack, unpack
-from fxcompress.core.budget import Budget
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, local_error
-from fxcompress.core.site import find_sites
 from fxcompress.core.surgery import finish
 from fxcompress.core.surgery import stored_bytes as stored_in
 from fxcompress.passes import grid as grids
@@ -28,8 +19,10 @@ from fxcompress.passes import rounding
 from fxcompress.passes.float8 import Float8
 from fxcompress.passes.low_rank import LowRank
 from fxcompress.passes.quantize import GROUP_SIZES, Quantize
-from fxcompress.passes.quantize_residual import FACTORS, QuantizeResidual
+from fxcompress.passes.quantize_residual import QuantizeResidual
 from fxcompress.passes.recipe import Recipe, parse
+from tests.sites import graph_of, moment_of, normal
+from tests.storing import energy, round_trip
 
 KNOWN = (Quantize, Float8, QuantizeResidual, LowRank)
 KINDS = ({"symmetric": True}, {"power_of_two": True}, {"symmetric": True, "power_of_two": True})
@@ -41,38 +34,6 @@ STORAGES = [
     QuantizeResidual(4, 0, 9),
 ]
 IDS = torch.tensor([[0, 11, 3], [3, 3, 7]])
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def moment_of(columns, seed=1):
-    """E[x x^T] of correlated inputs whose directions differ by 30 in size."""
-    mix = normal(columns, columns, seed=100) * torch.logspace(0, -1.5, columns)
-    x = (normal(8 * columns, columns, seed=seed) @ mix.T).double()
-    return x.T @ x / len(x)
-
-
-def energy(d, moment):
-    return float((d.double() @ moment @ d.double().T).trace())
-
-
-def round_trip(storage, matrix, metric=None):
-    return storage.decode(storage.encode(matrix, metric or Metric()), matrix)
-
-
-def graph_of(weight, kind):
-    """One use of `weight` without a bias -> (graph module, its site)."""
-    root = nn.Module()
-    root.weight = nn.Parameter(weight, requires_grad=False)
-    graph = fx.Graph()
-    x, w = graph.placeholder("x"), graph.get_attr("weight")
-    op = {"linear": torch.ops.aten.linear.default, "embedding": torch.ops.aten.embedding.default}[kind]
-    graph.output(graph.call_function(op, (x, w) if kind == "linear" else (w, x)))
-    gm = fx.GraphModule(root, graph)
-    (site,) = find_sites(gm)
-    return gm, site
 
 
 @pytest.mark.parametrize(
@@ -242,142 +203,6 @@ def test_torch_export_and_safetensors_take_it(storage, tmp_path):
         assert torch.equal(tensor.view(torch.uint8), state[key].view(torch.uint8))
 
 
-# 8-bit floats
-
-
-def test_a_float8_code_is_the_nearest_of_all_there_are():
-    weight = normal(7, 50) * torch.logspace(-4, 4, 7).unsqueeze(1)
-    made = Float8().encode(weight, Metric())
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
-    every = np.sort(every[np.isfinite(every)]).astype(np.float64)
-    assert every[-1] == 448
-    wanted = weight.numpy().astype(np.float64) / made["scales"].numpy()
-    off = np.abs(wanted[..., None] - every).min(-1)
-    codes = made["codes"].view(torch.float8_e4m3fn).float()
-    got = np.abs(wanted - codes.numpy())
-    # The division was rounded in float32: 2^-24 of at most 448.
-    assert (got <= off + 448 * 2**-24).all()
-    assert codes.abs().amax(1).tolist() == [448] * 7
-
-
-def test_a_float8_weight_is_off_by_a_sixteenth_of_itself_at_most():
-    weight = normal(20, 300)
-    got = round_trip(Float8(), weight)
-    smallest = weight.abs().amax(1, keepdim=True) / 448 * 2**-10  # half the least step, below 2^-6
-    assert bool(((got - weight).abs() <= weight.abs() * 2**-4 * (1 + 1e-5) + smallest).all())
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_error_feedback_helps_8_bit_floats_too(seed):
-    weight, moment = normal(40, 96, seed=seed), moment_of(96)
-    fed = round_trip(Float8(), weight, Metric(moment))
-    assert energy(weight - fed, moment) < 0.8 * energy(weight - round_trip(Float8(), weight), moment)
-
-
-def heavy_tailed(rows=64, columns=1024):
-    even = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1))
-    return torch.distributions.Cauchy(0.0, 1.0).icdf(even)
-
-
-def test_8_bit_floats_are_weighed_unasked_where_they_win():
-    whole_row = Quantize(8, 0)
-    for weight, floats_win in ((normal(64, 1024), False), (heavy_tailed(), True)):
-        _, site = graph_of(weight, "linear")
-        why = Float8.unasked(site, Budget("4x"))
-        assert why == (None if floats_win else "the ranges of its rows are narrow, where the steps of int8 are smaller")
-        errors = [float((round_trip(q, weight) - weight).norm()) for q in (Float8(), whole_row)]
-        assert (errors[0] < errors[1]) == floats_win
-        for storage, error in Float8.dense_errors(site).items():
-            assert error == local_error(site, Recipe(storage=storage).make(site).weight)
-
-
-@pytest.mark.parametrize("weight", [torch.zeros(4, 9), torch.full((4, 9), 1e30), torch.full((4, 9), -1e-30)], ids=str)
-def test_extreme_weights_stay_finite_as_8_bit_floats(weight):
-    for metric in (Metric(), Metric(moment_of(9))):
-        got = round_trip(Float8(), weight, metric)
-        assert bool(torch.isfinite(got).all())
-        if metric.columns is None:
-            torch.testing.assert_close(got, weight, rtol=2**-4, atol=1e-32)
-
-
-# a low-rank correction
-
-
-MARKET = {
-    "normal": normal(40, 56),
-    "tall": normal(70, 31),
-    "low rank": normal(40, 3) @ normal(3, 56, seed=5),
-    "zero column": normal(40, 56) * (torch.arange(56) != 7),
-    "zero": torch.zeros(40, 56),
-    "outliers": normal(40, 56) + 30 * (normal(40, 56, seed=6) > 2.5),
-    "wide range": normal(40, 56) * torch.logspace(-6, 6, 40).unsqueeze(1),
-    "tiny": normal(3, 5),
-}
-
-
-@pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("name", MARKET)
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_a_correction_never_makes_it_worse(name, bits, calibrated):
-    weight = MARKET[name]
-    moment = moment_of(weight.shape[1]) if calibrated else torch.eye(weight.shape[1], dtype=torch.float64)
-    metric = Metric(moment if calibrated else None)
-    base = energy(weight - round_trip(Quantize(bits, 32), weight, metric), moment)
-    for rank in (1, 2, min(weight.shape)):
-        corrected = energy(weight - round_trip(QuantizeResidual(bits, 32, rank), weight, metric), moment)
-        # Least squares cannot lose; rounding the factors to 8 bits may, by little of what they correct. No scale is
-        # below 1e-12, so a correction of nothing at all is of that size.
-        assert corrected <= base * (1 + 1e-6) + 1e-21, rank
-
-
-@pytest.mark.parametrize("rank", [1, 5, 20])
-def test_the_correction_is_the_closed_form_of_the_paper(rank):
-    weight, moment = normal(40, 56), moment_of(56)
-    storage = QuantizeResidual(2, 32, rank)
-    base = round_trip(storage.base, weight, Metric(moment))
-    lost = (weight - base).double().numpy()
-    root = scipy.linalg.sqrtm(moment.numpy()).real
-    s = scipy.linalg.svdvals(lost @ root)
-    want = float((s[rank:] ** 2).sum())  # the error of Q + SVD_r((W - Q) R^.5) R^-.5, the least a term of rank r leaves
-    got = energy(weight - round_trip(storage, weight, Metric(moment)), moment)
-    assert want * (1 - 1e-6) <= got
-    # Both factors are rounded to 8 bits: 2^-7 / sqrt 3 of the largest of a row, 4 root mean squares or so, 3e-4 of the
-    # square of what is corrected, twice; the metric that finds V is damped by a ten-thousandth, too little to see.
-    assert got <= want + 1e-3 * float((s[:rank] ** 2).sum())
-
-
-def test_a_correction_of_full_rank_leaves_what_8_bits_lose():
-    weight = normal(24, 32)
-    got = round_trip(QuantizeResidual(2, 32, 24), weight)
-    base = round_trip(Quantize(2, 32), weight)
-    assert float((got - weight).norm()) < 0.02 * float((base - weight).norm())
-
-
-def test_ranks_that_do_not_fit_are_refused_with_what_is_allowed():
-    for rank in (0, -1, 1.5, True):
-        with pytest.raises(SpecError, match=f"quantize_residual rank={rank} must be a whole number of at least 1"):
-            QuantizeResidual(4, 64, rank)
-    with pytest.raises(SpecError, match="allowed are 2, 3, 4, 8"):
-        QuantizeResidual(5, 64, 4)
-    _, site = graph_of(normal(12, 40), "linear")
-    site = replace(site, name="encoder.up")
-    with pytest.raises(SpecError, match=r"rank=13\} at encoder.up: the weight is 12 x 40, so rank must be 1 to 12"):
-        Recipe(storage=QuantizeResidual(4, 32, 13)).at(site)
-    with pytest.raises(SpecError, match=r"rank=13\}: the matrix is 12 x 40, so rank must be 1 to 12"):
-        QuantizeResidual(4, 32, 13).encode(normal(12, 40), Metric())
-    assert Recipe(storage=QuantizeResidual(4, 32, 12)).at(site).storage.rank == 12
-
-
-def test_factors_of_a_correction_are_what_they_would_be_alone():
-    made = QuantizeResidual(3, 32, 4).encode(normal(12, 40), Metric(moment_of(40)))
-    assert {k for k in made if k[:2] in ("u_", "v_")} == {f"{f}_{k}" for f in "uv" for k in FACTORS.keys}
-    alone = Quantize(3, 32).encode(normal(12, 40), Metric(moment_of(40)))
-    assert all(torch.equal(made[k], t) for k, t in alone.items())
-
-
-# ops
-
-
 def samples():
     weight = normal(12, 21)
     for bits in BITS:
@@ -401,56 +226,3 @@ def test_torch_accepts_the_op(op, args):
     real = op(*args)
     fake = op(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
-
-
-def test_scales_of_8_bit_floats_can_be_trained():
-    made = Float8().encode(normal(6, 9), Metric())
-    scales = made["scales"].double().requires_grad_()
-    ids = torch.tensor([[0, 5], [5, 2]])
-    assert torch.autograd.gradcheck(lambda s: dequantize_float8(made["codes"], s, torch.float64), (scales,))
-    assert torch.autograd.gradcheck(lambda s: float8_embedding(ids, made["codes"], s, torch.float64), (scales,))
-
-
-@pytest.mark.parametrize("bad", [12, -1])
-def test_an_id_outside_a_table_of_8_bit_floats_is_an_index_error(bad):
-    made = Float8().encode(normal(12, 9), Metric())
-    with pytest.raises(IndexError, match="out of range"):
-        float8_embedding(torch.tensor([0, bad]), made["codes"], made["scales"], torch.float32)
-
-
-def test_a_cast_of_the_model_leaves_8_bit_floats_alone():
-    gm, site = graph_of(normal(12, 40), "embedding")
-    Recipe(storage=Float8()).make(site).apply(gm, site)
-    finish(gm)
-    want = gm.codes.clone()
-    gm.half()
-    assert torch.equal(gm.codes, want)
-    assert gm.codes.dtype == torch.uint8
-
-
-# block scales
-
-
-def test_block_scales_beat_a_scale_for_the_whole_tensor_on_real_weights(data):
-    model = data(minilm.model)
-    layer = model.encoder.layer[0]
-    matrices = (layer.attention.self.query, layer.attention.output.dense, layer.intermediate.dense, layer.output.dense)
-    for linear in matrices:
-        for bits in (4, 8):
-            for power_of_two in (False, True):
-                tensor, row, *blocks = (
-                    block_scales.by_range(linear.weight.detach(), bits, block, power_of_two)
-                    for block in (None, 0, 64, 32)
-                )
-                assert blocks[1] < blocks[0] < row < tensor
-                assert blocks[0] < 0.7 * tensor  # measured: 0.02 to 0.6 of it
-
-
-def test_block_scales_on_heavy_tails_are_near_the_published_design_figures():
-    name, weight = next(block_scales.weights())
-    assert name == "Student t4"
-    figures = ((64, True, 0.0135, 0.231), (64, False, 0.0091, 0.160), (32, True, 0.0111, 0.193))
-    for block, power_of_two, int8, int4 in figures:
-        # another draw of the same distribution: the sum of a million weights is settled to a few per cent
-        assert block_scales.by_range(weight, 8, block, power_of_two) == pytest.approx(int8, rel=0.05)
-        assert block_scales.by_range(weight, 4, block, power_of_two) == pytest.approx(int4, rel=0.05)

@@ -8,16 +8,13 @@ import torch
 
 from fxcompress import Budget
 from fxcompress.codegen.ops.quaternion_linear import expand, fold, quaternion_linear
-from fxcompress.core.capture import capture
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import local_error
-from fxcompress.core.site import find_sites
-from fxcompress.core.surgery import finish
 from fxcompress.passes.low_rank import DAMPING
 from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.quaternion import Quaternion
 from fxcompress.passes.recipe import Recipe, parse
-from tests.test_low_rank import moment_of, site_of, weight_of
+from tests.sites import moment_of, site_of, weight_of
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (4, 4)]
 
@@ -265,18 +262,3 @@ def test_backward_keeps_the_inputs_and_the_components_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         quaternion_linear(x, c, b)
     assert sorted(kept) == sorted([x.data_ptr(), c.data_ptr()])
-
-
-@pytest.mark.parametrize("storage", [None, Quantize(8, 0)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_it_takes_its_place_in_a_graph(bias, storage):
-    torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(20, 12, bias=bias)), torch.randn(3, 20)
-    gm = capture(model, (x,))
-    (site,) = find_sites(gm)
-    made = Recipe(Quaternion(), storage).make(site)
-    made.apply(gm, site)
-    finish(gm)
-    want = torch.nn.functional.linear(x, made.weight, model[0].bias)
-    assert any(node.target is torch.ops.fxcompress.quaternion_linear.default for node in gm.graph.nodes)
-    assert float((gm(x) - want).detach().abs().max()) < 1e-5  # sums of 20 in float32

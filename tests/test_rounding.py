@@ -1,49 +1,25 @@
 """Rounding: what feedback wins in the calibrated metric, how far a grid can be off, awkward weights, claims kept."""
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import fx, nn
 
 from fxcompress import Budget
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, local_error, rounding_metric
-from fxcompress.core.site import Statistics, find_sites
 from fxcompress.passes import REWRITES, rounding
 from fxcompress.passes import grid as grids
 from fxcompress.passes.propose import trials_of
 from fxcompress.passes.quantize import LARGE_TABLE, Quantize
 from fxcompress.passes.quantize_rows import TIERS, QuantizeRows
 from fxcompress.passes.recipe import Recipe, parse
+from tests.sites import normal, site_of
+from tests.storing import energy, round_trip
 
 SETTINGS = [Quantize(bits, group) for bits in (2, 3, 4, 8) for group in (0, 32, 64, 128)]
-
-
-def site_of(weight, kind="linear", bias=None, **statistics):
-    """A site of one use, with a bias of its own where one is given."""
-    root = nn.Module()
-    root.weight = nn.Parameter(weight, requires_grad=False)
-    graph = fx.Graph()
-    x, w = graph.placeholder("x"), graph.get_attr("weight")
-    args = (w, x) if kind == "embedding" else (x, w)
-    if bias is not None:
-        root.bias = nn.Parameter(bias, requires_grad=False)
-        args = (*args, graph.get_attr("bias"))
-        args[-1].meta["val"] = bias
-    op = torch.ops.aten.embedding.default if kind == "embedding" else torch.ops.aten.linear.default
-    graph.output(graph.call_function(op, args))
-    gm = fx.GraphModule(root, graph)
-    (site,) = find_sites(gm)
-    object.__setattr__(site.uses[0].node.graph, "_keep", gm)  # the graph alone does not keep its module alive
-    return replace(site, statistics=Statistics(**statistics))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def inputs(columns, seed=1, rows=None):
@@ -55,14 +31,6 @@ def inputs(columns, seed=1, rows=None):
 def moments(x):
     x = x.double()
     return x.T @ x / len(x), x.mean(0)
-
-
-def round_trip(setting, matrix, metric=None):
-    return setting.decode(setting.encode(matrix, metric or Metric()), matrix)
-
-
-def energy(d, moment):
-    return float((d.double() @ moment @ d.double().T).trace())
 
 
 @pytest.mark.parametrize("group", [0, 32])

@@ -17,6 +17,7 @@ The exchange copies what lies between the products, and the result is copied int
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -29,7 +30,7 @@ from fxcompress.core.cost import Cost
 @torch.library.custom_op("fxcompress::block_low_rank_linear", mutates_args=())
 def block_low_rank_linear(x: Tensor, v: Tensor, u: Tensor, blocks: int, bias: Tensor | None = None) -> Tensor:
     """The meaning of the op, and its implementation wherever no kernel is registered. One floating dtype."""
-    y = product(x.reshape(-1, x.shape[-1]), v, torch.unflatten(u, 0, (blocks, u.shape[0] // blocks)))
+    y = product(x.reshape(-1, x.shape[-1]), v, stacked(u, blocks))
     y = in_order(y.transpose(0, 1)).reshape(*x.shape[:-1], u.shape[0])
     return y if bias is None else y + bias
 
@@ -37,6 +38,16 @@ def block_low_rank_linear(x: Tensor, v: Tensor, u: Tensor, blocks: int, bias: Te
 @block_low_rank_linear.register_fake
 def _(x: Tensor, v: Tensor, u: Tensor, blocks: int, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], u.shape[0])
+
+
+def stacked(matrix: Tensor, blocks: int) -> Tensor:
+    """(out, n) -> (blocks, out/blocks, n): neighbouring rows in one block, a view."""
+    return torch.unflatten(matrix, 0, (blocks, matrix.shape[0] // blocks))
+
+
+def unstacked(parts: Tensor) -> Tensor:
+    """The inverse of `stacked`."""
+    return parts.flatten(0, 1)
 
 
 def product(x: Tensor, v: Tensor, u: Tensor) -> Tensor:
@@ -82,27 +93,34 @@ def exchange(z: Tensor, blocks: int) -> Tensor:
     return torch.unflatten(z, 2, (blocks, z.shape[2] // blocks)).permute(2, 1, 0, 3).flatten(2)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, v, u, ctx.blocks, _ = inputs
     ctx.save_for_backward(x, v, u)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, v, u = ctx.saved_tensors
-    need = (*ctx.needs_input_grad, False)  # it ends before a bias that was left out
-    flat_x, flat_y = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    u = torch.unflatten(u, 0, (ctx.blocks, u.shape[0] // ctx.blocks))
-    dx, dv, du = product_backward(cut(flat_y, ctx.blocks), flat_x, v, u, need[:3])
-    return (
-        None if dx is None else dx.reshape(x.shape),
-        dv,
-        None if du is None else du.flatten(0, 1),
-        None,
-        flat_y.sum(0) if need[4] else None,
-    )
+def backward_of(
+    split: Callable[[Tensor, int], Tensor], unsplit: Callable[[Tensor], Tensor]
+) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
+    """The gradients of an op (x, v, u, blocks, bias) whose outputs fall into block rows by `split`."""
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, u = ctx.saved_tensors
+        need = (*ctx.needs_input_grad, False)  # it ends before a bias that was left out
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        own = split(flat_y.T, ctx.blocks).mT  # (blocks i, tokens, out/blocks)
+        dx, dv, du = product_backward(own, flat_x, v, split(u, ctx.blocks), need[:3])
+        return (
+            None if dx is None else dx.reshape(x.shape),
+            dv,
+            None if du is None else unsplit(du),
+            None,
+            flat_y.sum(0) if need[4] else None,
+        )
+
+    return backward
 
 
-block_low_rank_linear.register_autograd(_backward, setup_context=_setup_context)
+block_low_rank_linear.register_autograd(backward_of(stacked, unstacked), setup_context=setup_context)
 
 
 def cost(tokens: sympy.Expr, rows: int, columns: int, blocks: int, rank: int, weight_bytes: int, itemsize: int) -> Cost:

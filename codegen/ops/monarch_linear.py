@@ -14,13 +14,11 @@ the products of fxcompress.codegen.ops.block_low_rank_linear, at the same cost.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fxcompress.codegen.ops.block_low_rank_linear import backward_of, in_order, product, setup_context
 from fxcompress.codegen.ops.block_low_rank_linear import cost as cost  # what is copied is copied in another order
-from fxcompress.codegen.ops.block_low_rank_linear import in_order, product, product_backward
 
 
 @torch.library.custom_op("fxcompress::monarch_linear", mutates_args=())
@@ -41,24 +39,9 @@ def strided(matrix: Tensor, blocks: int) -> Tensor:
     return torch.unflatten(matrix, 0, (matrix.shape[0] // blocks, blocks)).transpose(0, 1)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, v, u, ctx.blocks, _ = inputs
-    ctx.save_for_backward(x, v, u)
+def unstrided(parts: Tensor) -> Tensor:
+    """The inverse of `strided`."""
+    return parts.transpose(0, 1).flatten(0, 1)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, v, u = ctx.saved_tensors
-    need = (*ctx.needs_input_grad, False)  # it ends before a bias that was left out
-    flat_x, flat_y = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    own = strided(flat_y.T, ctx.blocks).mT  # (blocks j, tokens, out/blocks)
-    dx, dv, du = product_backward(own, flat_x, v, strided(u, ctx.blocks), need[:3])
-    return (
-        None if dx is None else dx.reshape(x.shape),
-        dv,
-        None if du is None else du.transpose(0, 1).flatten(0, 1),
-        None,
-        flat_y.sum(0) if need[4] else None,
-    )
-
-
-monarch_linear.register_autograd(_backward, setup_context=_setup_context)
+monarch_linear.register_autograd(backward_of(strided, unstrided), setup_context=setup_context)
