@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block can get
+# Bytes that one block can get.
+SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100; more compiles to a bare `trap`
 INSTRUCTIONS = {
     "wgmma": r"\b[HQI]GMMA\.", "mma": r"\b[HIQD]?MMA\.", "tcgen05": r"\bUTC[HQI]?MMA", "cp.async": r"\bLDGSTS",

@@ -9,7 +9,7 @@ bfloat16, whose last seven do. Every intermediate is a number of the format, so 
 No function of libdevice and no inline assembly: the interpreter has neither.
 """
 
-# ruff: noqa: ANN001, ANN201, N803 - Triton's own conventions: untyped tensors, constants in capitals
+
 
 import triton
 import triton.language as tl
@@ -30,14 +30,14 @@ def word_plane(word, PLANE: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexp
     """
     MIDDLE: tl.constexpr = 2.0 ** (BITS - 1)
     word = word.to(tl.uint32, bitcast=True)
-    if FLOAT == tl.float32:
+    if tl.float32 == FLOAT:
         return word_plane(word, PLANE, BITS, tl.float16).to(tl.float32)
-    elif BITS == 8 and FLOAT == tl.bfloat16:
+    elif BITS == 8 and tl.bfloat16 == FLOAT:
         # Seven bits of mantissa: the high half of the code times 16, plus the low one.
         both = (word >> (8 * PLANE)) & 0x00FF00FF
         high = pair(((both >> 4) & 0x000F000F) | 0x43004300, FLOAT) - 136.0
         return high * 16.0 + (pair((both & 0x000F000F) | 0x43004300, FLOAT) - 128.0)
-    elif BITS == 4 and FLOAT == tl.float16:
+    elif BITS == 4 and tl.float16 == FLOAT:
         # Odd planes stay where they are in the mantissa, 16 times their value: one shift serves two planes.
         both = word >> (8 * (PLANE // 2))
         if PLANE % 2 == 0:
@@ -46,7 +46,7 @@ def word_plane(word, PLANE: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexp
             return pair((both & 0x00F000F0) | 0x64006400, FLOAT) * 0.0625 - 72.0
     else:
         MASK: tl.constexpr = (2**BITS - 1) * 0x00010001
-        if FLOAT == tl.float16:
+        if tl.float16 == FLOAT:
             return pair(((word >> (BITS * PLANE)) & MASK) | 0x64006400, FLOAT) - (1024.0 + MIDDLE)
         else:
             return pair(((word >> (BITS * PLANE)) & MASK) | 0x43004300, FLOAT) - (128.0 + MIDDLE)
@@ -57,7 +57,7 @@ def e4m3(byte, FLOAT: tl.constexpr):
     """uint8 that holds an e4m3 number -> FLOAT, exact but for NaN. By moving bits: sm_80 has no such conversion."""
     wide = byte.to(tl.uint16)
     sign = (wide & 0x80) << 8
-    if FLOAT == tl.bfloat16:
+    if tl.bfloat16 == FLOAT:
         return (sign | ((wide & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * 1.329227995784916e36  # 2^120
     else:
         return ((sign | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0).to(FLOAT)
