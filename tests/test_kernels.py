@@ -114,6 +114,27 @@ def test_no_tokens_give_an_empty_result_without_a_launch():
     assert (made.shape, made.dtype) == ((2, 0, 40), torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("kept", ["dense", "quantized", "both ways"])
+def test_low_rank_stays_on_the_chip(kept, dtype):
+    rows, columns, rank, tokens = 72, 160, 40, 21
+    v = dense(rank, columns, dtype) if kept == "dense" else quantized(rank, columns, dtype, 4, 64)
+    u = quantized(rows, rank, dtype, 8, 0) if kept == "quantized" else dense(rows, rank, dtype)
+    name = str(dtype)[6:]
+    x, bias = normal(tokens, columns, seed=1).to(dtype), normal(rows, seed=3).to(dtype)
+    spec = parse(f"low_rank_linear(x, {v[0]}, {u[0]}, {name}[{rows}]) | silu(_)")
+    kernel = generate(spec, dtype)
+    tensors = [*v[1], *u[1], bias]
+    with interpreter():
+        (made,) = kernel(x, kernel.prepare(tensors), [], Config(16, 32, 2))
+    doubled = [t.double() if t.dtype == dtype else t for t in tensors]
+    (want,) = evaluate(parse(str(spec).replace(name, "float64")), x.double(), doubled, [])
+    # What is between the two is rounded to dtype, as the op's body does: each of `rank` numbers of size about 1.
+    between = 0.0 if dtype == torch.float32 else rank**0.5 * torch.finfo(dtype).eps
+    room = torch.finfo(dtype).eps / 2 * want.abs() + between + 1e-5
+    assert bool(((made.double() - want).abs() <= room).all())
+
+
 def test_several_outputs():
     x = normal(7, 64, seed=1).half()
     tail = " | silu(_) | mul(_, extra[0]) | outputs(step[0], _)"
@@ -136,7 +157,8 @@ def test_a_split_leaves_its_counters_at_zero_and_gives_the_same_bits():
     [
         ("linear(x, float32[8, 8]) | softplus(_)", "there is no epilogue for softplus"),
         ("linear(rows, dequantize_float8(uint8[8, 8], float32[8], dtype=float32))", "there is no loader for"),
-        ("low_rank_linear(x, float32[2, 8], float32[8, 2])", "there is no main loop for low_rank_linear"),
+        ("monarch_linear(x, float32[2, 2, 4], float32[2, 4, 2])", "there is no main loop for monarch_linear"),
+        ("low_rank_linear(x, float32[300, 512], float32[512, 300])", "a rank of 300 does not stay on the chip"),
     ],
 )
 def test_what_cannot_be_emitted_is_named(spec, message):

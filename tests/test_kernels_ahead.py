@@ -25,9 +25,8 @@ def weight(bits, group, dtype):
 
 def compiled(bits, group, dtype, config, arch):
     spec = parse(f"linear(x, {weight(bits, group, dtype)}, {dtype}[{SIZE}]) | gelu(_) | add(_, extra[0])")
-    kernel, split = generate(spec, getattr(torch, dtype), ("full",)), config.split > 1
-    constants = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": config.split}
-    function, signature = kernel.function(split), kernel.signature(split)
+    kernel = generate(spec, getattr(torch, dtype), ("full",))
+    function, signature, constants = kernel.function(config), kernel.signature(config), kernel.constants(config)
     return compile_ahead(function, signature, constants, arch, config.warps, config.stages, unaligned=("M",))
 
 

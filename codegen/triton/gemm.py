@@ -18,24 +18,16 @@ from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.loaders import Loader
 
 PREFIX = "w_"
-_COLUMNS = "k + {first} + tl.arange(0, {plane})"
 
 
 def gemm(name: str, loader: Loader, epilogue: Epilogue, outputs: Sequence[int], split: bool) -> str:
     """The text of the kernel. Arguments: x, one y an output, the loader's, the epilogue's, the workspace where it
     splits, M; BLOCK_M, BLOCK_N and SPLIT are constexprs."""
-    outs = [f"y{i}" for i in range(len(outputs))]
-    pointers = ["x", *outs, *(PREFIX + p for p in loader.pointers), *(f"p_{o.name}" for o in epilogue.operands)]
-    pointers += ["partials", "arrived"] if split else []
-    stores = [
-        f"tl.store({y} + rm.to(tl.int64)[None, :] * N + rn[:, None], "
-        f"({epilogue.values[step]}).to({y}.dtype.element_ty), mask=inside)"
-        for y, step in zip(outs, outputs)
-    ]
-    finish = [*epilogue.lines, *stores]
-    body = _finish_last(finish) if split else finish
+    finish = [*epilogue.lines, *store(epilogue, outputs)]
+    arguments = ["x", *(f"y{i}" for i in range(len(outputs))), *(PREFIX + p for p in loader.pointers)]
+    arguments += [f"p_{o.name}" for o in epilogue.operands] + (["partials", "arrived"] if split else [])
     return f"""@triton.jit
-def {name}({", ".join(pointers)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
+def {name}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
     N: tl.constexpr = {loader.rows}
     K: tl.constexpr = {loader.columns}
     FLOAT: tl.constexpr = x.dtype.element_ty
@@ -44,56 +36,72 @@ def {name}({", ".join(pointers)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
     rm = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n_in, m_in = rn < N, rm < M
     inside = n_in[:, None] & m_in[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-{_indent(["total = tl.zeros((BLOCK_M,), tl.float32)"] if _sums_all(loader) else [], 4)}
-    for k in range(ps * {loader.step}, K, {loader.step} * SPLIT):
-{_indent(_step(loader), 8)}
-{_indent(_scale_all(loader), 4)}
-{_indent(body, 4)}
+{indent(walk(loader, PREFIX, "BLOCK_N", "ps", "SPLIT"), 4)}
+{indent(_finish_last(finish) if split else finish, 4)}
 """
 
 
-def _step(loader: Loader) -> list[str]:
-    """One step of the loop: the tiles of every run, then what they add up to."""
-    lines = loader.load(PREFIX)
+def walk(loader: Loader, prefix: str, rows: str, first: str = "0", programs: str = "1") -> list[str]:
+    """acc (rows, BLOCK_M) = W x^T by a loop over the columns of W, those steps that are this program's."""
+    every = f"{loader.step} * {programs}" if programs != "1" else str(loader.step)
+    lines = [f"acc = tl.zeros(({rows}, BLOCK_M), tl.float32)"]
+    lines += ["total = tl.zeros((BLOCK_M,), tl.float32)"] if _sums_all(loader) else []
+    lines.append(f"for k in range({first} * {loader.step}, K, {every}):")
+    body = step(loader, prefix, [_activations(loader, plane) for plane in range(loader.planes)])
+    return [*lines, *(f"    {line}" for line in body), *scale_all(loader, prefix)]
+
+
+def step(loader: Loader, prefix: str, activations: Sequence[Sequence[str]]) -> list[str]:
+    """The tiles of one step, each times what `activations` of its plane leave in x_tile, added to acc."""
+    lines = loader.load(prefix)
     runs = loader.runs()
     for run in runs or [range(loader.planes)]:
         into = "part" if runs else "acc"
         for plane in run:
             first = plane == run.start
-            lines += _activations(loader, plane)
+            lines += activations[plane]
             if loader.needs_total:
                 total = "tl.sum(x_tile.to(tl.float32), 0)"
                 lines.append(f"total = {total}" if first and runs else f"total += {total}")
             start = "" if into == "part" and first else f", {into}"
-            lines.append(
-                f'{into} = tl.dot({loader.tile(PREFIX, plane)}, x_tile{start}, input_precision="ieee")'
-            )
+            lines.append(f'{into} = tl.dot({loader.tile(prefix, plane)}, x_tile{start}, input_precision="ieee")')
         if runs:
-            scaling, added = loader.scaled(PREFIX, run.start, "part", "total")
+            scaling, added = loader.scaled(prefix, run.start, "part", "total")
             lines += [*scaling, f"acc += {added}"]
     return lines
 
 
+def scale_all(loader: Loader, prefix: str) -> list[str]:
+    """After the last step, where one scale serves the whole row."""
+    if loader.runs():
+        return []
+    lines, scaled = loader.scaled(prefix, 0, "acc", "total")
+    return [*lines, *([] if scaled == "acc" else [f"acc = {scaled}"])]
+
+
+def store(epilogue: Epilogue, outputs: Sequence[int]) -> list[str]:
+    """What leaves the kernel, in the dtype of its tensor."""
+    return [
+        f"tl.store(y{i} + rm.to(tl.int64)[None, :] * N + rn[:, None], "
+        f"({epilogue.values[made]}).to(y{i}.dtype.element_ty), mask=inside)"
+        for i, made in enumerate(outputs)
+    ]
+
+
+def indent(lines: Sequence[str], by: int) -> str:
+    return textwrap.indent("\n".join(lines), " " * by)
+
+
 def _activations(loader: Loader, plane: int) -> list[str]:
-    columns = _COLUMNS.format(first=plane * loader.plane, plane=loader.plane)
     inside = "m_in[None, :]" if loader.columns % loader.step == 0 else "m_in[None, :] & (column < K)[:, None]"
     return [
-        f"column = {columns}",
+        f"column = k + {plane * loader.plane} + tl.arange(0, {loader.plane})",
         f"x_tile = tl.load(x + rm.to(tl.int64)[None, :] * K + column[:, None], mask={inside}, other=0.0)",
     ]
 
 
 def _sums_all(loader: Loader) -> bool:
     return loader.needs_total and not loader.runs()
-
-
-def _scale_all(loader: Loader) -> list[str]:
-    """After the loop, where one scale serves the whole row."""
-    if loader.runs():
-        return []
-    lines, scaled = loader.scaled(PREFIX, 0, "acc", "total")
-    return [*lines, *([] if scaled == "acc" else [f"acc = {scaled}"])]
 
 
 def _finish_last(finish: Sequence[str]) -> list[str]:
@@ -109,7 +117,3 @@ def _finish_last(finish: Sequence[str]) -> list[str]:
         *(f"    {line}" for line in finish),
         "    tl.store(counter, 0)",
     ]
-
-
-def _indent(lines: Sequence[str], by: int) -> str:
-    return textwrap.indent("\n".join(lines), " " * by)

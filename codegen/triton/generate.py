@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcompress.codegen.spec import Argument, Call, Constant, Input, Spec
+from fxcompress.codegen.spec import Call, Constant, Input, Spec
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue, Kind, print_epilogue
-from fxcompress.codegen.triton.gemm import PREFIX, gemm
+from fxcompress.codegen.triton.gemm import gemm
 from fxcompress.codegen.triton.loaders import TYPES, Loader, loader_of
+from fxcompress.codegen.triton.low_rank import U, V, low_rank
 from fxcompress.core.errors import SpecError
 
-NAME = "fused_linear"
+_WEIGHTS = {"linear": 1, "low_rank_linear": 2}  # arguments between the input and the bias
 _IMPORTS = "import triton\nimport triton.language as tl\n\nfrom fxcompress.codegen.triton import parts\n"
 
 
@@ -40,66 +42,145 @@ class Config:
     stages: int = 3
 
 
+DEFAULT = Config()
+
+
 @dataclass(frozen=True)
-class Kernel:
-    """A generated kernel, with and without splitting of the columns."""
+class Kernel(ABC):
+    """A generated kernel: the texts of its forms, and how each is launched."""
 
     spec: Spec
     dtype: torch.dtype
-    loader: Loader
+    loaders: tuple[tuple[str, Loader], ...]  # by the prefix of their names, in the order of the constants
     epilogue: Epilogue
+
+    @property
+    @abstractmethod
+    def forms(self) -> dict[str, str]:
+        """Name -> text of each @triton.jit function."""
+
+    @abstractmethod
+    def form(self, config: Config) -> str:
+        """The name of the form that `config` asks for."""
+
+    @abstractmethod
+    def constants(self, config: Config) -> dict[str, int]:
+        """Its constexprs."""
+
+    @abstractmethod
+    def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
+        """Programs of a launch."""
+
+    def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
+        """What it needs besides its arguments."""
+        return {}
+
+    @property
+    def rows(self) -> int:
+        """N: features of an output."""
+        return self.loaders[-1][1].rows
+
+    @property
+    def columns(self) -> int:
+        """K: features of x."""
+        return self.loaders[0][1].columns
 
     @functools.cached_property
     def source(self) -> str:
-        """Both forms, behind a header that says what they compute."""
-        forms = [gemm(NAME + end, self.loader, self.epilogue, self.spec.outputs, bool(end)) for end in ("", "_split")]
-        return "\n\n".join([f'"""{self.spec}\n\nx is {TYPES[self.dtype]}.\n"""\n\n{_IMPORTS}', *forms])
+        """All forms, behind a header that says what they compute."""
+        header = f'"""{self.spec}\n\nx is {TYPES[self.dtype]}.\n"""\n\n{_IMPORTS}'
+        return "\n\n".join([header, *self.forms.values()])
 
-    def function(self, split: bool) -> Any:
+    def function(self, config: Config) -> Any:
         """The @triton.jit function."""
-        return getattr(load_source(self.source), NAME + ("_split" if split else ""))
+        return getattr(load_source(self.source), self.form(config))
 
-    def signature(self, split: bool) -> dict[str, str]:
+    def signature(self, config: Config) -> dict[str, str]:
         """Triton's types of the arguments that are no constexprs, in order."""
         x = "*" + TYPES[self.dtype]
         types = {"x": x, **{f"y{i}": x for i in range(len(self.spec.outputs))}}
-        types |= {PREFIX + name: "*" + kind for name, kind in self.loader.pointers.items()}
+        types |= {prefix + name: "*" + kind for prefix, of in self.loaders for name, kind in of.pointers.items()}
         for operand in self.epilogue.operands:
-            of = operand.source.dtype if isinstance(operand.source, Constant) else self.dtype
-            types[f"p_{operand.name}"] = "*" + TYPES[of]
-        return {**types, **({"partials": "*fp32", "arrived": "*i32"} if split else {}), "M": "i32"}
+            read = operand.source.dtype if isinstance(operand.source, Constant) else self.dtype
+            types[f"p_{operand.name}"] = "*" + TYPES[read]
+        empty = torch.empty(1, self.columns, dtype=self.dtype, device="meta")
+        types |= {name: "*" + TYPES[t.dtype] for name, t in self.workspace(empty, config).items()}
+        return {**types, "M": "i32"}
 
     def prepare(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The node's constants as the kernel reads them: the weight's, then the epilogue's."""
-        weight = len(tensors) - sum(isinstance(o.source, Constant) for o in self.epilogue.operands)
-        return (*self.loader.prepare(tensors[:weight]), *(t.contiguous() for t in tensors[weight:]))
+        """The node's constants as the kernel reads them: the weights', then the epilogue's."""
+        rest, made = list(tensors), list[Tensor]()
+        for _, loader in self.loaders:
+            made += loader.prepare(rest[: loader.constants])
+            rest = rest[loader.constants :]
+        return (*made, *(t.contiguous() for t in rest))
 
     def __call__(
-        self, x: Tensor, prepared: Sequence[Tensor], extras: Sequence[Tensor], config: Config = Config()
+        self, x: Tensor, prepared: Sequence[Tensor], extras: Sequence[Tensor], config: Config = DEFAULT
     ) -> list[Tensor]:
-        """x (..., K) of the kernel's dtype, contiguous -> its outputs (..., N)."""
-        rows = x.reshape(-1, self.loader.columns).contiguous()
-        tokens, split = len(rows), config.split > 1
-        outputs = [x.new_empty(*x.shape[:-1], self.loader.rows) for _ in self.spec.outputs]
-        if tokens == 0:
+        """x (..., K) of the kernel's dtype -> its outputs (..., N)."""
+        rows = x.reshape(-1, self.columns).contiguous()
+        outputs = [x.new_empty(*x.shape[:-1], self.rows) for _ in self.spec.outputs]
+        if len(rows) == 0:
             return outputs
-        grid = (math.ceil(self.loader.rows / config.block_n), math.ceil(tokens / config.block_m), config.split)
-        own = len(self.loader.pointers)
+        own = sum(len(loader.pointers) for _, loader in self.loaders)
         constants = iter(prepared[own:])
         operands = [
             next(constants) if isinstance(o.source, Constant) else extras[o.number].contiguous()
             for o in self.epilogue.operands
         ]
-        workspace: tuple[Tensor, ...] = ()
-        if split:
-            partials = x.new_empty(config.split, tokens, self.loader.rows, dtype=torch.float32)
-            workspace = (partials, torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=x.device))
-        self.function(split)[grid](
-            rows, *outputs, *prepared[:own], *operands, *workspace, tokens,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=config.split,
-            num_warps=config.warps, num_stages=config.stages,
+        self.function(config)[self.grid(len(rows), config)](
+            rows, *outputs, *prepared[:own], *operands, *self.workspace(rows, config).values(), len(rows),
+            **self.constants(config), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         return outputs
+
+
+class Product(Kernel):
+    """One weight."""
+
+    @property
+    def forms(self) -> dict[str, str]:
+        ((_, loader),) = self.loaders
+        names = {False: "fused_linear", True: "fused_linear_split"}
+        return {name: gemm(name, loader, self.epilogue, self.spec.outputs, split) for split, name in names.items()}
+
+    def form(self, config: Config) -> str:
+        return "fused_linear_split" if config.split > 1 else "fused_linear"
+
+    def constants(self, config: Config) -> dict[str, int]:
+        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": config.split}
+
+    def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
+        return math.ceil(self.rows / config.block_n), math.ceil(tokens / config.block_m), config.split
+
+    def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
+        if config.split == 1:
+            return {}
+        across, down, _ = self.grid(len(x), config)
+        return {
+            "partials": x.new_empty(config.split, len(x), self.rows, dtype=torch.float32),
+            "arrived": x.new_zeros(across * down, dtype=torch.int32),
+        }
+
+
+class LowRankProduct(Kernel):
+    """Two weights, the small result between them on the chip; `split` is among how many programs the outputs of a
+    block of tokens are shared out."""
+
+    @property
+    def forms(self) -> dict[str, str]:
+        (_, v), (_, u) = self.loaders
+        return {"fused_low_rank": low_rank("fused_low_rank", v, u, self.epilogue, self.spec.outputs)}
+
+    def form(self, config: Config) -> str:
+        return "fused_low_rank"
+
+    def constants(self, config: Config) -> dict[str, int]:
+        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SHARE": config.split}
+
+    def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
+        return math.ceil(tokens / config.block_m), config.split
 
 
 @functools.lru_cache(maxsize=1024)
@@ -107,13 +188,20 @@ def generate(spec: Spec, dtype: torch.dtype, kinds: tuple[Kind, ...] = ()) -> Ke
     """kinds: of the extras, as the epilogue reads them (`kind_of`). Raises `SpecError` for what cannot be emitted."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise SpecError(f"there are no kernels for inputs of {dtype}; there are for float16, bfloat16 and float32.")
-    match spec.steps[0]:
-        case Call("linear", (Input(), weight, *rest), ()):
-            bias = next((b for b in rest if isinstance(b, Constant)), None)
-            loader = loader_of(weight)
-            return Kernel(spec, dtype, loader, print_epilogue(spec.steps[1:], _constants([weight]), kinds, bias))
+    first = spec.steps[0]
+    bias = next((a for a in first.args[_WEIGHTS.get(first.name, 0) + 1 :] if isinstance(a, Constant)), None)
+    match first:
+        case Call("linear", (Input(), weight, *_), ()):
+            loaders: tuple[tuple[str, Loader], ...] = (("w_", loader_of(weight)),)
+            kind: type[Kernel] = Product
+        case Call("low_rank_linear", (Input(), v, u, *_), ()):
+            loaders, kind = ((V, loader_of(v)), (U, loader_of(u))), LowRankProduct
         case Call(name):
             raise SpecError(f"there is no main loop for {name}.")
+    taken = sum(loader.constants for _, loader in loaders)
+    kernel = kind(spec, dtype, loaders, print_epilogue(spec.steps[1:], taken, kinds, bias))
+    assert kernel.forms  # what cannot be emitted raises here, not at the first launch
+    return kernel
 
 
 def kind_of(shape: Sequence[int], rows: Sequence[int]) -> Kind:
@@ -128,9 +216,3 @@ def kind_of(shape: Sequence[int], rows: Sequence[int]) -> Kind:
     if shape[-1] == 1 and shape[:-1] == rows[:-1]:
         return "column"
     raise SpecError(f"there is no epilogue for an operand of shape {list(shape)} beside a result of {list(rows)}.")
-
-
-def _constants(arguments: Sequence[Argument]) -> int:
-    return sum(
-        1 if isinstance(a, Constant) else _constants(a.arguments) if isinstance(a, Call) else 0 for a in arguments
-    )

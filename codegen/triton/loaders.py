@@ -60,6 +60,11 @@ class Loader(ABC):
     def pointers(self) -> dict[str, str]:
         """What `prepare` makes: name -> Triton type."""
 
+    @property
+    @abstractmethod
+    def constants(self) -> int:
+        """How many constants of the op `prepare` takes."""
+
     @abstractmethod
     def prepare(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The op's constants -> the kernel's, in the order of `pointers`."""
@@ -104,6 +109,10 @@ class Dense(Loader):
     @property
     def pointers(self) -> dict[str, str]:
         return {"weight": TYPES[self.dtype]}
+
+    @property
+    def constants(self) -> int:
+        return 1
 
     def prepare(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         (weight,) = tensors
@@ -156,6 +165,10 @@ class Quantized(Loader):
     @property
     def groups(self) -> int:
         return -(-self.columns // self.group) if self.group else 1
+
+    @property
+    def constants(self) -> int:
+        return 4 if self.zeros else 3
 
     def prepare(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         codes, scales, *rest = tensors
