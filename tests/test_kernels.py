@@ -135,6 +135,35 @@ def test_low_rank_stays_on_the_chip(kept, dtype):
     assert bool(((made.double() - want).abs() <= room).all())
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kept", ["dense", "groups", "row"])
+def test_quaternions_read_a_quarter_of_the_weight(kept, dtype):
+    rows, tokens = 24, 5  # of the components: 96 outputs
+    columns = 200 if kept == "dense" else 512  # components of 50 fill no tile; coded ones are whole steps
+    c, own = {
+        "dense": lambda: dense(rows, columns, dtype), "groups": lambda: quantized(rows, columns, dtype, 4, 64),
+        "row": lambda: quantized(rows, columns, dtype, 8, 0),
+    }[kept]()  # fmt: skip
+    name = str(dtype)[6:]
+    x, bias = normal(tokens, columns, seed=1).to(dtype), normal(4 * rows, seed=3).to(dtype)
+    spec = parse(f"quaternion_linear(x, {c}, {name}[{4 * rows}]) | gelu(_) | add(_, extra[0])")
+    extras = [normal(tokens, 4 * rows, seed=4).to(dtype)]
+    kernel = generate(spec, dtype, ("full",))
+    with interpreter():
+        made = kernel(x, kernel.prepare([*own, bias]), extras, Config(16, 16))
+    doubled = [t.double() if t.dtype == dtype else t for t in [*own, bias]]
+    exact = parse(str(spec).replace(name, "float64"))
+    want = evaluate(exact, x.double(), doubled, [e.double() for e in extras])
+    size = float(x.double().abs().sum(1).max()) * 5 / columns**0.5  # five standard deviations of a weight
+    close(made, want, size, columns)
+
+
+def test_components_that_are_no_whole_steps_are_refused():
+    weight, _ = quantized(8, 96, torch.float16, 8, 0)
+    with pytest.raises(SpecError, match="components of 24 columns cannot be read in steps of 64"):
+        generate(parse(f"quaternion_linear(x, {weight})"), torch.float16)
+
+
 def test_several_outputs():
     x = normal(7, 64, seed=1).half()
     tail = " | silu(_) | mul(_, extra[0]) | outputs(step[0], _)"

@@ -25,9 +25,10 @@ from fxcompress.codegen.triton.epilogue import Epilogue, Kind, print_epilogue
 from fxcompress.codegen.triton.gemm import gemm
 from fxcompress.codegen.triton.loaders import TYPES, Loader, loader_of
 from fxcompress.codegen.triton.low_rank import U, V, low_rank
+from fxcompress.codegen.triton.quaternion import quaternion
 from fxcompress.core.errors import SpecError
 
-_WEIGHTS = {"linear": 1, "low_rank_linear": 2}  # arguments between the input and the bias
+_WEIGHTS = {"linear": 1, "low_rank_linear": 2, "quaternion_linear": 1}  # arguments between the input and the bias
 _IMPORTS = "import triton\nimport triton.language as tl\n\nfrom fxcompress.codegen.triton import parts\n"
 
 
@@ -183,6 +184,28 @@ class LowRankProduct(Kernel):
         return math.ceil(tokens / config.block_m), config.split
 
 
+class QuaternionProduct(Kernel):
+    """A quarter of a weight, used four times; `block_n` counts rows of the components."""
+
+    @property
+    def forms(self) -> dict[str, str]:
+        ((_, loader),) = self.loaders
+        return {"fused_quaternion": quaternion("fused_quaternion", loader, self.epilogue, self.spec.outputs)}
+
+    def form(self, config: Config) -> str:
+        return "fused_quaternion"
+
+    def constants(self, config: Config) -> dict[str, int]:
+        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+
+    def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
+        return math.ceil(self.rows // 4 / config.block_n), math.ceil(tokens / config.block_m)
+
+    @property
+    def rows(self) -> int:
+        return 4 * self.loaders[0][1].rows
+
+
 @functools.lru_cache(maxsize=1024)
 def generate(spec: Spec, dtype: torch.dtype, kinds: tuple[Kind, ...] = ()) -> Kernel:
     """kinds: of the extras, as the epilogue reads them (`kind_of`). Raises `SpecError` for what cannot be emitted."""
@@ -196,6 +219,8 @@ def generate(spec: Spec, dtype: torch.dtype, kinds: tuple[Kind, ...] = ()) -> Ke
             kind: type[Kernel] = Product
         case Call("low_rank_linear", (Input(), v, u, *_), ()):
             loaders, kind = ((V, loader_of(v)), (U, loader_of(u))), LowRankProduct
+        case Call("quaternion_linear", (Input(), components, *_), ()):
+            loaders, kind = (("w_", loader_of(components)),), QuaternionProduct
         case Call(name):
             raise SpecError(f"there is no main loop for {name}.")
     taken = sum(loader.constants for _, loader in loaders)

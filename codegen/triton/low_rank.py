@@ -29,7 +29,8 @@ def low_rank(name: str, v: Loader, u: Loader, epilogue: Epilogue, outputs: Seque
     if u.columns > MOST:
         raise SpecError(f"a rank of {u.columns} does not stay on the chip: at most {MOST}.")
     arguments = ["x", *(f"y{i}" for i in range(len(outputs)))]
-    arguments += [*(V + p for p in v.pointers), *(U + p for p in u.pointers), *(f"p_{o.name}" for o in epilogue.operands)]
+    arguments += [*(V + p for p in v.pointers), *(U + p for p in u.pointers)]
+    arguments += [f"p_{o.name}" for o in epilogue.operands]
     slices = -(-u.columns // u.step) * u.planes
     made: list[str] = []
     for i in range(slices):
