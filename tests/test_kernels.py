@@ -8,12 +8,14 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from fxcompress.codegen.ops.fused import evaluate  # noqa: E402
+from fxcompress.codegen.ops.unmask_2_4 import patterns_of  # noqa: E402
 from fxcompress.codegen.spec import parse  # noqa: E402
 from fxcompress.codegen.triton.build import load_source  # noqa: E402
 from fxcompress.codegen.triton.generate import Config, generate, kind_of  # noqa: E402
 from fxcompress.codegen.triton.interpreter import interpreter  # noqa: E402
 from fxcompress.core.errors import SpecError  # noqa: E402
 from fxcompress.core.metric import Metric  # noqa: E402
+from fxcompress.passes.float8 import Float8  # noqa: E402
 from fxcompress.passes.quantize import Quantize  # noqa: E402
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -47,6 +49,21 @@ def quantized(rows, columns, dtype, bits=4, group=64, symmetric=False):
     return f"dequantize({', '.join(types)}, {given})", tensors
 
 
+def float8(rows, columns, dtype):
+    encoded = Float8().encode(normal(rows, columns) / columns**0.5, Metric())
+    spec = f"dequantize_float8(uint8[{rows}, {columns}], float32[{rows}, 1], dtype={str(dtype)[6:]})"
+    return spec, [encoded["codes"], encoded["scales"]]
+
+
+def two_of_four(rows, columns, dtype):
+    weight = normal(rows, columns) / columns**0.5
+    keep = torch.zeros(rows, columns // 4, 4).scatter_(2, weight.abs().view(rows, -1, 4).topk(2).indices, 1).bool()
+    keep = keep.flatten(1)
+    patterns, values = patterns_of(keep), weight[keep].view(rows, -1).to(dtype)
+    types = f"uint8[{rows}, {patterns.shape[1]}], {str(dtype)[6:]}[{rows}, {columns // 2}]"
+    return f"unmask_2_4({types})", [patterns, values]
+
+
 def both(weight, tensors, tail, x, extras, config, bias=True):
     """-> (what the kernel gives, the body in float64, the size of what is added up)."""
     rows = int(weight.split("[")[1].split(",")[0])
@@ -78,13 +95,14 @@ def close(made, want, size, columns):
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("kept", ["dense", "zeros", "symmetric", "row"])
+@pytest.mark.parametrize("kept", ["dense", "zeros", "symmetric", "row", "float8", "2:4"])
 def test_a_linear_with_its_epilogue(kept, split, dtype):
     rows, columns, tokens = 72, 416, 5  # no multiple of a tile, and a step that is not full
     make = {
         "dense": lambda: dense(rows, columns, dtype), "zeros": lambda: quantized(rows, columns, dtype, 4, 64),
         "symmetric": lambda: quantized(rows, columns, dtype, 4, 64, True),
-        "row": lambda: quantized(rows, columns, dtype, 8, 0),
+        "row": lambda: quantized(rows, columns, dtype, 8, 0), "float8": lambda: float8(rows, columns, dtype),
+        "2:4": lambda: two_of_four(rows, columns, dtype),
     }[kept]  # fmt: skip
     x = normal(tokens, columns, seed=1).to(dtype)
     extras = [normal(tokens, rows, seed=4).to(dtype), normal(tokens, 1, seed=5).to(dtype)]
@@ -185,7 +203,7 @@ def test_a_split_leaves_its_counters_at_zero_and_gives_the_same_bits():
     ("spec", "message"),
     [
         ("linear(x, float32[8, 8]) | softplus(_)", "there is no epilogue for softplus"),
-        ("linear(rows, dequantize_float8(uint8[8, 8], float32[8], dtype=float32))", "there is no loader for"),
+        ("linear(rows, unmask(uint8[8, 1], float32[8, 4], columns=8, tile=1))", "there is no loader for unmask"),
         ("monarch_linear(x, float32[2, 2, 4], float32[2, 4, 2])", "there is no main loop for monarch_linear"),
         ("low_rank_linear(x, float32[300, 512], float32[512, 300])", "a rank of 300 does not stay on the chip"),
     ],

@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Sequence
 
 from fxcompress.codegen.triton.epilogue import Epilogue
-from fxcompress.codegen.triton.loaders import Loader
+from fxcompress.codegen.triton.loaders.base import Loader
 
 PREFIX = "w_"
 
@@ -95,7 +95,7 @@ def indent(lines: Sequence[str], by: int) -> str:
 def _activations(loader: Loader, plane: int) -> list[str]:
     inside = "m_in[None, :]" if loader.columns % loader.step == 0 else "m_in[None, :] & (column < K)[:, None]"
     return [
-        f"column = k + {plane * loader.plane} + tl.arange(0, {loader.plane})",
+        f"column = {loader.column(plane)}",
         f"x_tile = tl.load(x + rm.to(tl.int64)[None, :] * K + column[:, None], mask={inside}, other=0.0)",
     ]
 

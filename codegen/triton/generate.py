@@ -23,7 +23,8 @@ from fxcompress.codegen.spec import Call, Constant, Input, Spec
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue, Kind, print_epilogue
 from fxcompress.codegen.triton.gemm import gemm
-from fxcompress.codegen.triton.loaders import TYPES, Loader, loader_of
+from fxcompress.codegen.triton.loaders import loader_of
+from fxcompress.codegen.triton.loaders.base import TYPES, Loader
 from fxcompress.codegen.triton.low_rank import U, V, low_rank
 from fxcompress.codegen.triton.quaternion import quaternion
 from fxcompress.core.errors import SpecError

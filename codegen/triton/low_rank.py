@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, scale_all, step, store, walk
-from fxcompress.codegen.triton.loaders import Loader
+from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.core.errors import SpecError
 
 V, U = "v_", "u_"

@@ -5,6 +5,7 @@ power of two, which is then taken off again. 0x6400 is 1024 in float16, whose la
 bfloat16, whose last seven do. Every intermediate is a number of the format, so all of it is exact.
 
     word_plane      plane i of int32 words (fxcompress.codegen.triton.words), minus MIDDLE
+    word_e4m3       the same of 8-bit floats
 
 No function of libdevice and no inline assembly: the interpreter has neither.
 """
@@ -53,14 +54,17 @@ def word_plane(word, PLANE: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexp
 
 
 @triton.jit
-def e4m3(byte, FLOAT: tl.constexpr):
-    """uint8 that holds an e4m3 number -> FLOAT, exact but for NaN. By moving bits: sm_80 has no such conversion."""
-    wide = byte.to(tl.uint16)
-    sign = (wide & 0x80) << 8
+def word_e4m3(word, PLANE: tl.constexpr, FLOAT: tl.constexpr):
+    """Plane PLANE of words (rows, width) that hold e4m3 numbers -> (rows, 2 width) of FLOAT, exact but for NaN.
+
+    By moving bits and one multiplication: sm_80 has no such conversion.
+    """
+    both = word.to(tl.uint32, bitcast=True) << (8 * (1 - PLANE))  # sign, exponent and mantissa lead each half
+    sign = both & 0x80008000
     if tl.bfloat16 == FLOAT:
-        return (sign | ((wide & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * 1.329227995784916e36  # 2^120
+        return pair(sign | ((both >> 4) & 0x07F007F0), FLOAT) * 1.329227995784916e36  # 2^120
     else:
-        return ((sign | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0).to(FLOAT)
+        return (pair(sign | ((both >> 1) & 0x3F803F80), tl.float16) * 256.0).to(FLOAT)
 
 
 @triton.jit

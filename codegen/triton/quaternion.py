@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from fxcompress.codegen.ops.quaternion_linear import SIGNS
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, store
-from fxcompress.codegen.triton.loaders import Loader
+from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.core.errors import SpecError
 
 PREFIX = "w_"
@@ -72,7 +72,7 @@ def _step(loader: Loader, c: int, chunk: int) -> list[str]:
             first = plane == run.start
             lines += [
                 f"tile = {loader.tile(PREFIX, plane)}",
-                f"column = k - {c * chunk - plane * loader.plane} + tl.arange(0, {loader.plane})",
+                f"column = {loader.column(plane)} - {c * chunk}",
             ]
             for a in CHUNKS:
                 b = a ^ c
