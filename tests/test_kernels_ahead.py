@@ -8,7 +8,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from fxcompress.codegen.packing import packed_bytes  # noqa: E402
 from fxcompress.codegen.spec import parse  # noqa: E402
 from fxcompress.codegen.triton.ahead import compile_ahead  # noqa: E402
-from fxcompress.codegen.triton.generate import Config, generate  # noqa: E402
+from fxcompress.codegen.triton.generate import generate  # noqa: E402
+from fxcompress.codegen.triton.kernel import Config  # noqa: E402
 
 TENSOR_CORES = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05"}
 DECODE, SPLIT, PREFILL = Config(16, 128, 1, 4, 4), Config(16, 128, 4, 4, 4), Config(64, 128, 1, 8, 3)

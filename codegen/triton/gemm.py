@@ -11,10 +11,15 @@ every run, no second launch, nothing to clear beforehand.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from fxcompress.codegen.triton.epilogue import Epilogue
+from fxcompress.codegen.triton.kernel import Config, Kernel
 from fxcompress.codegen.triton.loaders.base import Loader
 
 PREFIX = "w_"
@@ -117,3 +122,31 @@ def _finish_last(finish: Sequence[str]) -> list[str]:
         *(f"    {line}" for line in finish),
         "    tl.store(counter, 0)",
     ]
+
+
+class Product(Kernel):
+    """One weight."""
+
+    @property
+    def forms(self) -> dict[str, str]:
+        ((_, loader),) = self.loaders
+        names = {False: "fused_linear", True: "fused_linear_split"}
+        return {name: gemm(name, loader, self.epilogue, self.spec.outputs, split) for split, name in names.items()}
+
+    def form(self, config: Config) -> str:
+        return "fused_linear_split" if config.split > 1 else "fused_linear"
+
+    def constants(self, config: Config) -> dict[str, int]:
+        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": config.split}
+
+    def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
+        return math.ceil(self.rows / config.block_n), math.ceil(tokens / config.block_m), config.split
+
+    def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
+        if config.split == 1:
+            return {}
+        across, down, _ = self.grid(len(x), config)
+        return {
+            "partials": x.new_empty(config.split, len(x), self.rows, dtype=torch.float32),
+            "arrived": x.new_zeros(across * down, dtype=torch.int32),
+        }

@@ -12,10 +12,12 @@ slices do not fit the registers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, scale_all, step, store, walk
+from fxcompress.codegen.triton.kernel import Config, Kernel
 from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.core.errors import SpecError
 
@@ -56,3 +58,22 @@ def {name}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
         inside = n_in[:, None] & m_in[None, :]
 {indent(used, 8)}
 """
+
+
+class LowRankProduct(Kernel):
+    """Two weights, the small result between them on the chip; `split` is among how many programs the outputs of a
+    block of tokens are shared out."""
+
+    @property
+    def forms(self) -> dict[str, str]:
+        (_, v), (_, u) = self.loaders
+        return {"fused_low_rank": low_rank("fused_low_rank", v, u, self.epilogue, self.spec.outputs)}
+
+    def form(self, config: Config) -> str:
+        return "fused_low_rank"
+
+    def constants(self, config: Config) -> dict[str, int]:
+        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SHARE": config.split}
+
+    def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
+        return math.ceil(tokens / config.block_m), config.split

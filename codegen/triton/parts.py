@@ -68,6 +68,12 @@ def word_e4m3(word, PLANE: tl.constexpr, FLOAT: tl.constexpr):
 
 
 @triton.jit
+def nearest(v):
+    """float32 below 2^22 -> the nearest whole number, ties to even: there is room for no fraction above 2^23."""
+    return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def tanh(v):
     return 2.0 * tl.sigmoid(2.0 * v) - 1.0
 

@@ -11,11 +11,13 @@ The weights are read once, but the products are as many as those of a dense weig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fxcompress.codegen.ops.quaternion_linear import SIGNS
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, store
+from fxcompress.codegen.triton.kernel import Config, Kernel
 from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.core.errors import SpecError
 
@@ -91,3 +93,25 @@ def _step(loader: Loader, c: int, chunk: int) -> list[str]:
                 _, added = loader.scaled(PREFIX, run.start, f"part{a}", f"total{a}")
                 lines.append(f"acc{a} += {added}")
     return lines
+
+
+class QuaternionProduct(Kernel):
+    """A quarter of a weight, used four times; `block_n` counts rows of the components."""
+
+    @property
+    def forms(self) -> dict[str, str]:
+        ((_, loader),) = self.loaders
+        return {"fused_quaternion": quaternion("fused_quaternion", loader, self.epilogue, self.spec.outputs)}
+
+    def form(self, config: Config) -> str:
+        return "fused_quaternion"
+
+    def constants(self, config: Config) -> dict[str, int]:
+        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+
+    def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
+        return math.ceil(self.rows // 4 / config.block_n), math.ceil(tokens / config.block_m)
+
+    @property
+    def rows(self) -> int:
+        return 4 * self.loaders[0][1].rows
