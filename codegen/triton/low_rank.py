@@ -13,6 +13,7 @@ slices do not fit the registers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from fxcompress.codegen.triton.epilogue import Epilogue
@@ -23,6 +24,7 @@ from fxcompress.core.errors import SpecError
 
 V, U = "v_", "u_"
 MOST = 256
+_OWN = re.compile(r"\b(acc|total|part|x_tile|column|rn|n_in|k)\b")
 
 
 def low_rank(name: str, v: Loader, u: Loader, epilogue: Epilogue, outputs: Sequence[int]) -> str:
@@ -36,8 +38,9 @@ def low_rank(name: str, v: Loader, u: Loader, epilogue: Epilogue, outputs: Seque
     slices = -(-u.columns // u.step) * u.planes
     made: list[str] = []
     for i in range(slices):
-        made += [f"rn = {i * u.plane} + tl.arange(0, {u.plane})", f"n_in = rn < {u.columns}"]
-        made += [*walk(v, V, str(u.plane)), f"t{i} = tl.where(n_in[:, None], acc, 0.0).to(FLOAT)"]
+        first = [f"rn = {i * u.plane} + tl.arange(0, {u.plane})", f"n_in = rn < {u.columns}"]
+        slice_ = [*first, *walk(v, V, str(u.plane)), f"t{i} = tl.where(n_in[:, None], acc, 0.0).to(FLOAT)"]
+        made += [_OWN.sub(r"\1_v", line) for line in slice_]  # Triton lets no variable change its shape in a loop
     used = ["acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)"]
     used += ["total = tl.zeros((BLOCK_M,), tl.float32)"] if u.needs_total and not u.runs() else []
     for first in range(0, slices, u.planes):
