@@ -205,7 +205,9 @@ def _choice(items: Sequence[Sequence[Item]], limits: Limits, must: Sequence[Tie]
 def _range(table: Plan, groups: Sequence[Sequence[Candidate]], ties: Sequence[Tie], budget: Budget) -> str:
     least_bytes = select(_items(groups), Limits(loss=UNBOUNDED), ties).picked
     smallest = table.fixed_bytes + sum(g[i].bytes for g, i in zip(groups, least_bytes))
-    fewest = sum(min(c.flops for c in g) for g in groups) / (sum(_kept(g).flops for g in groups) or 1.0)
+    by_flops = [[Item(c.flops, c.loss, c.bytes) for c in g] for g in groups]
+    least_flops = select(by_flops, Limits(loss=UNBOUNDED), ties).picked
+    fewest = sum(g[i].flops for g, i in zip(groups, least_flops)) / (sum(_kept(g).flops for g in groups) or 1.0)
     ratio = table.original_bytes / smallest
     said = [
         f"the rewrites allowed reach from 1x ({format_bytes(table.original_bytes)}) "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +32,10 @@ from fxcompress.core.verify import compare
 from fxcompress.cost_model.select import choose
 from fxcompress.passes import REWRITES
 from fxcompress.passes.fuse import fuse
+from fxcompress.passes.hidden_units import Role
 from fxcompress.passes.propose import propose
 from fxcompress.passes.recipe import parse
+from fxcompress.passes.unit_groups import cut_between, find_roles, take_roles, unit_ties
 from fxcompress.report import Report, SiteReport
 
 log = logging.getLogger("fxcompress")
@@ -107,11 +109,12 @@ def price(
     named: bool = False,
 ) -> Plan:
     """Every candidate of every site, and the best choice of them under `budget`."""
-    sites = find_sites(original)
+    sites = take_roles(find_sites(original), find_roles(original, known.informed))
     ties = parallel(sites)
     as_it_is = budget.size_bytes(100) == 100 and budget.error is None and budget.flops is None
     allowed = () if as_it_is else rewrites
     candidates, refusals = propose(original, sites, ties, allowed, known, budget, named, progress)
+    ties += unit_ties(sites, candidates)
     total = stored_bytes(original)
     table = Plan(
         sites=tuple(SiteInfo(s.name, s.kind, s.rows, s.columns) for s in sites),
@@ -145,8 +148,9 @@ def resolve(rewrites: Sequence[str | type[Rewrite]] | None) -> tuple[type[Rewrit
 def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None) -> SignedModule:
     """Rewrite; where the measured size or error breaks the promise, choose anew with what was measured, and rewrite."""
     room, target = budget, None if budget is None or budget.error is None else budget.error
+    roles = find_roles(original, known.informed)
     for turn in range(SIZE_ROUNDS):
-        compiled, reports = _rewrite(original, known, plan)
+        compiled, reports = _rewrite(original, known, plan, roles)
         divergence = compare(original, compiled, known.held_out)
         measured = divergence.error
         report = _report(plan, reports, measured, known, plan.predicted_bytes)
@@ -174,11 +178,15 @@ def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: B
     )
 
 
-def _rewrite(original: SignedModule, known: Calibration, plan: Plan) -> tuple[SignedModule, list[SiteReport]]:
+def _rewrite(
+    original: SignedModule, known: Calibration, plan: Plan, roles: Mapping[str, Role | str]
+) -> tuple[SignedModule, list[SiteReport]]:
     """A copy of the graph with every choice of the plan carried out."""
     work = original.copy()
-    sites = {s.name: s for s in find_sites(work)}
+    sites = {s.name: s for s in take_roles(find_sites(work), roles)}
     _check_fit(plan, sites)
+    recipes = {choice.site: parse(choice.spec, REWRITES) for choice in plan.choices}
+    cut_between(work, sites, recipes)
     reports = []
     for choice in plan.choices:
         site = sites[choice.site]
@@ -186,9 +194,9 @@ def _rewrite(original: SignedModule, known: Calibration, plan: Plan) -> tuple[Si
             reports.append(SiteReport(site.name, KEEP, choice.bytes, site.dense_bytes, 0.0, 0.0))
             continue
         site = known.informed(site)
-        recipe = parse(choice.spec, REWRITES)
+        recipe = recipes[site.name]
         made = recipe.make(site)
-        stored = sum(t.numel() * t.element_size() for t in made.tensors.values())
+        stored = sum(t.numel() * t.element_size() for t in made.tensors.values()) - recipe.structure.freed_bytes(site)
         error = recipe.error(site, made.weight) ** 0.5
         made.apply(work, site)
         reports.append(SiteReport(site.name, choice.spec, choice.bytes, stored, choice.error, error))

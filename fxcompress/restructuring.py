@@ -32,7 +32,7 @@ from fxcompress.core.rewrite import Rewrite, parse_spec
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site, find_sites
 from fxcompress.core.surgery import finish, own_tensors
-from fxcompress.passes import ATTENTION_REWRITES, GROUP_REWRITES, REWRITES
+from fxcompress.passes import ATTENTION_REWRITES, REWRITES
 from fxcompress.passes.hidden_units import HiddenUnits
 from fxcompress.passes.prune_hidden_units import prune_hidden_units
 from fxcompress.passes.recipe import Recipe, parse
@@ -108,7 +108,8 @@ def restructure(
 
 def _parse(spec: str) -> Recipe | HiddenUnits | AttentionRewrite:
     """Of a weight, of the units between weights, or of an attention."""
-    apart: dict[str, type[Rewrite]] = {r.name: r for r in (*GROUP_REWRITES, *ATTENTION_REWRITES)}
+    groups: tuple[type[Rewrite], ...] = (HiddenUnits, *ATTENTION_REWRITES)
+    apart = {r.name: r for r in groups}
     if spec.split("{")[0].strip() in apart:
         return parse_spec(spec, apart)  # type: ignore[return-value]
     return parse(spec, REWRITES)

@@ -44,6 +44,6 @@ REWRITES: tuple[type[Rewrite], ...] = (
     Prune,
     Prune24,
     PruneBlocks,
+    HiddenUnits,
 )
-GROUP_REWRITES: tuple[type[HiddenUnits], ...] = (HiddenUnits,)
 ATTENTION_REWRITES: tuple[type[AttentionRewrite], ...] = (Linformer,)

@@ -27,7 +27,6 @@ heads as the blocks.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, fx
 
+from fxcompress.core.budget import Budget
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, local_error, rounding_metric
@@ -147,6 +147,10 @@ class Role:
     group: HiddenGroup
     makes: bool  # its rows make the units; otherwise its columns read them
     order: Callable[[], Tensor]  # `order_of_removal` of the group, the same at each of its sites; may be slow once
+    loose: int = 0  # bytes one unit fills in stored tensors that are no site's weight and count as this site's
+
+
+NO_UNITS = "it neither makes nor reads hidden units that can be cut"
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +158,7 @@ class HiddenSite(Site):
     """A site that makes or reads hidden units."""
 
     role: Role | None = None
+    why: str = NO_UNITS  # it has no role
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ class HiddenUnits(Structure):
 
     name: ClassVar[str] = "hidden_units"
     paper: ClassVar[str] = "arXiv 2302.04089"
+    joint: ClassVar[bool] = True  # who makes the units loses nothing, who reads them pays
 
     kept: int | float  # a share of the group's units where it is no whole number
 
@@ -194,9 +200,15 @@ class HiddenUnits(Structure):
     def refuses(cls, site: Site) -> str | None:
         if why := cls.unserved(site):
             return why
-        if not isinstance(site, HiddenSite) or site.role is None:
-            return "it neither makes nor reads hidden units that can be cut"
-        return None
+        if not isinstance(site, HiddenSite):
+            return NO_UNITS
+        return site.why if site.role is None else None
+
+    @classmethod
+    def unasked(cls, site: Site, budget: Budget) -> str | None:
+        if budget.flops is not None:
+            return None
+        return "for bytes alone quantized weights lose less; it is weighed where flops are bounded, or by name"
 
     @classmethod
     def space(cls, site: Site) -> Iterator[Self]:
@@ -211,15 +223,18 @@ class HiddenUnits(Structure):
         return {"weight": (small, site.columns) if role.makes else (site.rows, small)}
 
     def kept_rows(self, site: Site) -> Tensor | None:
-        """The rows whose outputs remain, so the entries of the bias that do; None for all."""
         return self._positions(site) if _role(site).makes else None
+
+    def freed_bytes(self, site: Site) -> int:
+        role = _role(site)
+        return role.loose * (role.group.units - self.count(role.group))
 
     def factor(self, site: Site, store: Store) -> None:
         role, at, metric = _role(site), self._positions(site), rounding_metric(site)
         if role.makes:
             store("weight", site.weight[at], Metric(metric.columns))
             return
-        weight = refit(site, role.group.span_of(site), self._units(site))[:, at].to(site.weight.dtype)
+        weight = site.analysis(_Refitted(self.count(role.group)))
         store("weight", weight, Metric(None if metric.columns is None else metric.columns[at][:, at], metric.rows))
 
     def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
@@ -242,41 +257,27 @@ class HiddenUnits(Structure):
         """A product of the size that is left."""
         return self.cost(use, *self.matrices(site)["weight"], weight_bytes, itemsize)
 
-    def _units(self, site: Site) -> Tensor:
+    def units(self, site: Site) -> Tensor:
+        """Those that stay (kept,), ascending."""
         role = _role(site)
         return units_left(role.order(), role.group.units, self.count(role.group))
 
     def _positions(self, site: Site) -> Tensor:
-        return _role(site).group.span_of(site).positions(self._units(site))
+        return _role(site).group.span_of(site).positions(self.units(site))
+
+
+@dataclass(frozen=True)
+class _Refitted:
+    """The columns that are left of a consumer (rows, columns left); made once a site, every storage rounds the same."""
+
+    kept: int
+
+    def __call__(self, site: Site) -> Tensor:
+        units, span = HiddenUnits(self.kept).units(site), _role(site).group.span_of(site)
+        return refit(site, span, units)[:, span.positions(units)].to(site.weight.dtype)
 
 
 def _role(site: Site) -> Role:
     if not isinstance(site, HiddenSite) or site.role is None:
-        raise SpecError(f"hidden_units at {site.name}: it neither makes nor reads hidden units that can be cut.")
+        raise SpecError(f"hidden_units at {site.name}: {HiddenUnits.refuses(site)}.")
     return site.role
-
-
-def assign_roles(
-    sites: Sequence[Site], groups: Sequence[HiddenGroup], informed: Callable[[Site], Site] = lambda site: site
-) -> list[Site]:
-    """The same sites, those of a group as `HiddenSite`s. A site that reads one group and makes another gets no role:
-    its two cuts are not two choices of one weight.
-
-    informed: gives a consumer its statistics (`Calibration.informed`), when an order is first asked for.
-    """
-    named = {site.name: site for site in sites}
-    roles: dict[str, list[Role]] = {}
-    for group in groups:
-        order = functools.cache(functools.partial(_ordered, [named[c] for c in group.consumers], group, informed))
-        for name in group.sites:
-            roles.setdefault(name, []).append(Role(group, name in group.producers, order))
-    single = {name: found[0] for name, found in roles.items() if len(found) == 1}
-    fields = [f.name for f in dataclasses.fields(Site)]
-    return [
-        HiddenSite(**{f: getattr(site, f) for f in fields}, role=single[site.name]) if site.name in single else site
-        for site in sites
-    ]
-
-
-def _ordered(consumers: Sequence[Site], group: HiddenGroup, informed: Callable[[Site], Site]) -> Tensor:
-    return order_of_removal([informed(site) for site in consumers], group)

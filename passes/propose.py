@@ -4,7 +4,7 @@
 2. Each structure, plain and with each storage on its factors. A structure's error before storing is a closed form and a
    lower bound; a recipe is dropped unmade when that error, plus what the same storage does to the dense weight, is no
    better than stored dense weights of as many bytes (with some room, because kappa differs between families), and made
-   and measured otherwise.
+   and measured otherwise. Nothing is dropped where flops are bounded, nor of a structure whose losses lie elsewhere.
 3. One probe of the model per site and family that is left (fxcompress.cost_model.sensitivity) turns site errors into
    losses.
 """
@@ -29,6 +29,7 @@ from fxcompress.core.ties import Tie
 from fxcompress.cost_model.sensitivity import Prober, kappa, price
 from fxcompress.passes.dense import Dense
 from fxcompress.passes.recipe import Recipe, bias_of
+from fxcompress.passes.unit_groups import agreed, unit_ties
 
 FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
 MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth: a structure that loses more answers no budget
@@ -86,7 +87,8 @@ def propose(
             candidates.append(_candidate(site, trial.recipe, trial.error, loss, sizes))
         refusals += [(name, rewrite, why) for rewrite, why in refused]
         site.forget()
-    return candidates, refusals
+    candidates, disagreed = agreed(candidates, unit_ties(sites, candidates))
+    return candidates, refusals + disagreed
 
 
 def trials_of(
@@ -119,7 +121,7 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
     for storage in storages:
         for instance, error in storage.dense_errors(site).items():
             recipe = Recipe(storage=instance)
-            trials.append(Trial(recipe, recipe.stored_bytes(site), 0.0, error))
+            trials.append(Trial(recipe, recipe.net_bytes(site), 0.0, error))
     trials = [t for t in trials if t.bytes <= most]
     if storages and not trials:
         refused.append((storages[0].name, f"nothing saves {budget.min_gain:.0%} of {site.dense_bytes} bytes"))
@@ -127,9 +129,11 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
     estimates: list[Trial] = []
     kept: set[str] = set()
     for structure in (r for r in weighed if issubclass(r, Structure)):
-        rivals = Frontier.of(trials + estimates, site.dense_bytes) if budget.flops is None else NOTHING
+        judged = budget.flops is None and not structure.joint
+        alone = [t for t in trials + estimates if not t.recipe.structure.joint]
+        rivals = Frontier.of(alone, site.dense_bytes) if judged else NOTHING
         mine = _estimates(site, structure, storages, trials, most, 1.0 if named else MOST_LOST, rivals)
-        good = {str(e.recipe) for e in (_promising(mine, rivals) if budget.flops is None else mine)}
+        good = {str(e.recipe) for e in (_promising(mine, rivals) if judged else mine)}
         if not good:
             refused.append((structure.name, _why_not(mine)))
         estimates += mine
@@ -162,11 +166,11 @@ def _estimates(
     found = []
     for instance in structure.space(site):
         stored = kinds if instance.matrices(site) else (None,)
-        recipes = [r for s in stored if (r := Recipe(instance, s)).stored_bytes(site) <= most]
+        recipes = [r for s in stored if (r := Recipe(instance, s)).net_bytes(site) <= most]
         bound = instance.error_bound(site)
         if not recipes or bound > most_lost:
             continue
-        sizes = [r.stored_bytes(site) for r in recipes]
+        sizes = [r.net_bytes(site) for r in recipes]
         hopeless = all(rivals.beats(size, bound + added.get(r.storage, 0.0)) for r, size in zip(recipes, sizes))
         own = bound if hopeless else _own_error(instance, site)
         found += [Trial(r, size, own, own + added.get(r.storage, 0.0)) for r, size in zip(recipes, sizes)]
@@ -245,7 +249,7 @@ def flops_of(recipe: Recipe, site: Site, sizes: Mapping[str, int]) -> float:
 
 def _candidate(site: Site, recipe: Recipe, squared: float, loss: float, sizes: Mapping[str, int]) -> Candidate:
     return Candidate(
-        site.name, str(recipe), recipe.stored_bytes(site), flops_of(recipe, site, sizes), squared**0.5, loss
+        site.name, str(recipe), recipe.net_bytes(site), flops_of(recipe, site, sizes), squared**0.5, loss
     )
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, fx
 from fxcompress.core.calibrate import Calibration
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import corrected_bias, local_error
-from fxcompress.core.resize import resize
 from fxcompress.core.signature import SignedModule
-from fxcompress.core.site import Site, attribute, find_sites
+from fxcompress.core.site import Site, find_sites
 from fxcompress.core.surgery import attribute_of, finish, own_tensors
 from fxcompress.passes.dependency import HiddenGroup, find_groups
 from fxcompress.passes.hidden_units import HiddenUnits, order_of_removal, refit, units_left
+from fxcompress.passes.unit_groups import shrink
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +69,8 @@ def prune_hidden_units(
         removals.append(remove(consumers, group, kept))
         for site in consumers:
             tensors.update(_refitted(site, removals[-1].weights[site.name]))
-    sizes: dict[str, dict[int, int]] = {}
-    for removal in removals:  # after every refit: one site may read one group and make another
-        for cut in removal.group.stored:
-            whole = tensors.get(cut.holder, attribute(work, cut.holder).detach())
-            tensors[cut.holder] = whole.index_select(cut.axis, cut.span.positions(removal.kept))
-        for cut in removal.group.values:
-            shrunk = cut.span.size // cut.span.units * len(removal.kept)
-            sizes.setdefault(cut.holder, {})[cut.axis] = shrunk
-    resize(work, tensors, sizes)
+    # after every refit: one site may read one group and make another
+    shrink(work, [(removal.group, removal.kept) for removal in removals], tensors)
     finish(work)
     trained = {name for name, parameter in gm.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     own_tensors(work)

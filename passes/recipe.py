@@ -49,6 +49,10 @@ class Recipe:
         stored = sum(self.storage.stored_bytes(r, c, size) if self.storage else r * c * size for r, c in shapes)
         return stored + self.structure.kept_bytes(site)
 
+    def net_bytes(self, site: Site) -> int:
+        """`stored_bytes` less what biases lose with it: what the choice costs a file. Below 0 where they lose more."""
+        return self.stored_bytes(site) - self.structure.freed_bytes(site)
+
     def parameters(self, site: Site) -> int:
         """Elements of its matrices, however each is stored."""
         return sum(r * c for r, c in self.structure.matrices(site).values()) or site.weight.numel()
@@ -56,7 +60,7 @@ class Recipe:
     def cost(self, site: Site) -> Cost:
         """Work of one forward: every use of the site, its weight stored once."""
         stored, size = self.stored_bytes(site), site.weight.element_size()
-        costs = [self.structure.cost(use, site.rows, site.columns, stored, size) for use in site.uses]
+        costs = [self.structure.cost_at(site, use, stored, size) for use in site.uses]
         total = sum(costs[1:], costs[0])
         return Cost(total.flops, total.bytes, stored, total.launches)
 
@@ -105,9 +109,19 @@ class Made:
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         """Put it into the graph in place of the site's weight."""
-        tensors = self.tensors if self.bias is None else {**self.tensors, "bias": self.bias}
+        bias = self._bias(site)
+        tensors = self.tensors if bias is None else {**self.tensors, "bias": bias}
         trainable = {"bias", *(self.store.likes if self.recipe.storage is None else ())}
         replace(gm, site, tensors, trainable, self._emit, str(self.recipe))
+
+    def _bias(self, site: Site) -> Tensor | None:
+        """The bias to be stored anew: corrected, or cut to the rows that are left. Where others read it as well it
+        stays; passes that cut rows shrink it at its place (fxcompress.passes.unit_groups)."""
+        rows = self.recipe.structure.kept_rows(site) if site.correctable else None
+        if rows is None:
+            return self.bias
+        whole = attribute_of(site.uses[0].bias) if self.bias is None else self.bias  # type: ignore[arg-type]
+        return whole[rows]
 
     def _emit(self, graph: fx.Graph, use: Use, reads: Mapping[str, fx.Node]) -> fx.Node:
         names = [*self.store.likes, *sorted(self.store.kept)]

@@ -294,6 +294,16 @@ def test_infeasible_flops_state_the_fewest():
         choose(TWO, Budget(flops="50%"))
 
 
+def test_infeasible_flops_state_what_tied_sites_can_reach_together():
+    half, eighth = "hidden_units{kept=4}", "hidden_units{kept=1}"
+    rows = {
+        "up": [(KEEP, 1000, 10.0, 0.0), (half, 500, 5.0, 0.0), (eighth, 125, 1.0, 0.0)],
+        "down": [(KEEP, 1000, 10.0, 0.0), (half, 500, 5.0, 0.3)],
+    }
+    with pytest.raises(InfeasibleBudgetError, match="and from 100% to 50% of the flops"):
+        choose(table(rows, ties=(Tie("units", ("up", "down")),)), Budget(flops="20%"))
+
+
 def test_an_infeasible_error_states_the_least():
     lossy = table({"a": [(KEEP, 1000, 1.0, 0.0), ("two", 100, 1.0, 0.25)]})
     with pytest.raises(InfeasibleBudgetError, match="and errors from 0 upwards, though not all at once"):

@@ -23,7 +23,7 @@ from tabulate import tabulate
 from fxcompress.core.budget import Budget
 from fxcompress.core.divergence import Kind, readable
 from fxcompress.core.errors import PlanError
-from fxcompress.core.ties import Tie
+from fxcompress.core.ties import Tie, label_of
 from fxcompress.core.units import format_bytes
 
 FORMAT = 2
@@ -36,7 +36,7 @@ class Candidate:
 
     site: str
     spec: str  # "keep", "quantize{bits=4, group_size=64}", ...
-    bytes: int  # stored
+    bytes: int  # stored, less what biases lose with it
     flops: float  # of one forward at the captured sizes
     error: float  # of the site, ||y - y'|| / ||y||
     loss: float  # predicted, of the model, when only this site is rewritten
@@ -69,7 +69,14 @@ class Plan:
     gap: float
 
     def __getitem__(self, index: slice) -> Plan:
-        return dataclasses.replace(self, choices=self.choices[index])
+        """Some of the choices. Where a hidden layer is cut in half, the sites of it that are left are kept as they are:
+        its units go at all of its sites or at none."""
+        chosen = {c.site: c for c in self.choices[index]}
+        for tie in (t for t in self.ties if t.by == "units"):
+            if len({label_of("units", chosen[n].spec) if n in chosen else "" for n in tie.sites}) > 1:
+                left = {name for name in tie.sites if name in chosen}
+                chosen.update({c.site: c for c in self.candidates if c.spec == KEEP and c.site in left})
+        return dataclasses.replace(self, choices=tuple(chosen.values()))
 
     def __len__(self) -> int:
         return len(self.choices)
@@ -208,9 +215,13 @@ class Plan:
 def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
     if c is pick:
         return "chosen"
-    better = next((o for o in all_of_site if o.bytes <= c.bytes and o.loss <= c.loss and o is not c and o != c), None)
+    label = label_of("units", c.spec)
+    rivals = [o for o in all_of_site if label_of("units", o.spec) == label and o != c]
+    better = next((o for o in rivals if o.bytes <= c.bytes and o.loss <= c.loss), None)
     if better is not None:
         return f"dominated by {better.spec}"
+    if label != label_of("units", pick.spec):
+        return "the sites of a hidden layer keep the same units, and all together do better as chosen"
     if c.bytes > pick.bytes:
         return f"{format_bytes(c.bytes - pick.bytes)} more; those bytes save more loss at other sites"
     return f"{c.loss - pick.loss:.2g} more loss; other sites give up bytes more cheaply"

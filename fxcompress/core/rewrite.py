@@ -164,6 +164,7 @@ class Structure(Rewrite):
     """How a weight is expressed by matrices."""
 
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    joint: ClassVar[bool] = False  # what it loses shows at other sites, too: none of them can be judged alone
 
     @abstractmethod
     def matrices(self, site: Site) -> dict[str, tuple[int, int]]:
@@ -171,6 +172,14 @@ class Structure(Rewrite):
 
     def kept_bytes(self, site: Site) -> int:
         """Bytes of everything `factor` keeps beside the matrices."""
+        return 0
+
+    def kept_rows(self, site: Site) -> Tensor | None:
+        """The rows whose outputs remain, ascending, and so the entries of the bias that do; None for all."""
+        return None
+
+    def freed_bytes(self, site: Site) -> int:
+        """Bytes that tensors which are no site's weight (biases) lose when this is chosen here."""
         return 0
 
     def error_bound(self, site: Site) -> float:
@@ -214,7 +223,11 @@ class Structure(Rewrite):
 
     @abstractmethod
     def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
-        """Work of one use, all factors kept in `weight_bytes`."""
+        """Work of one use of a (rows, columns) weight, all factors kept in `weight_bytes`."""
+
+    def cost_at(self, site: Site, use: Use, weight_bytes: int, itemsize: int) -> Cost:
+        """The same of one use of `site`."""
+        return self.cost(use, site.rows, site.columns, weight_bytes, itemsize)
 
 
 def parse_spec(text: str, known: Mapping[str, type[Rewrite]]) -> Rewrite:
