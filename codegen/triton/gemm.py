@@ -49,7 +49,7 @@ def {name}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 def walk(loader: Loader, prefix: str, rows: str, first: str = "0", programs: str = "1") -> list[str]:
     """acc (rows, BLOCK_M) = W x^T by a loop over the columns of W, those steps that are this program's."""
     every = f"{loader.step} * {programs}" if programs != "1" else str(loader.step)
-    lines = [f"acc = tl.zeros(({rows}, BLOCK_M), tl.float32)"]
+    lines = [f"acc = tl.zeros(({rows}, BLOCK_M), tl.float32)", *loader.once(prefix)]
     lines += ["total = tl.zeros((BLOCK_M,), tl.float32)"] if _sums_all(loader) else []
     lines.append(f"for k in range({first} * {loader.step}, K, {every}):")
     body = step(loader, prefix, [_activations(loader, plane) for plane in range(loader.planes)])
@@ -61,6 +61,7 @@ def step(loader: Loader, prefix: str, activations: Sequence[Sequence[str]]) -> l
     lines = loader.load(prefix)
     runs = loader.runs()
     for run in runs or [range(loader.planes)]:
+        lines += loader.begin(prefix, run.start) if runs else []
         into = "part" if runs else "acc"
         for plane in run:
             first = plane == run.start
@@ -71,8 +72,7 @@ def step(loader: Loader, prefix: str, activations: Sequence[Sequence[str]]) -> l
             start = "" if into == "part" and first else f", {into}"
             lines.append(f'{into} = tl.dot({loader.tile(prefix, plane)}, x_tile{start}, input_precision="ieee")')
         if runs:
-            scaling, added = loader.scaled(prefix, run.start, "part", "total")
-            lines += [*scaling, f"acc += {added}"]
+            lines.append(f"acc += {loader.scaled(prefix, 'part', 'total')}")
     return lines
 
 
@@ -80,8 +80,8 @@ def scale_all(loader: Loader, prefix: str) -> list[str]:
     """After the last step, where one scale serves the whole row."""
     if loader.runs():
         return []
-    lines, scaled = loader.scaled(prefix, 0, "acc", "total")
-    return [*lines, *([] if scaled == "acc" else [f"acc = {scaled}"])]
+    scaled = loader.scaled(prefix, "acc", "total")
+    return [] if scaled == "acc" else [f"acc = {scaled}"]
 
 
 def store(epilogue: Epilogue, outputs: Sequence[int]) -> list[str]:

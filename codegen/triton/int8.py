@@ -74,9 +74,11 @@ class Integers(Loader):
     def tile(self, prefix: str, plane: int) -> str:
         return f"{prefix}tile"
 
-    def scaled(self, prefix: str, plane: int, product: str, total: str) -> tuple[list[str], str]:
-        read = f"{prefix}scale = tl.load({prefix}scales + rn, mask=n_in, other=0.0)"
-        return [read], f"{product} * {prefix}scale[:, None]"
+    def once(self, prefix: str) -> list[str]:
+        return [f"{prefix}scale = tl.load({prefix}scales + rn, mask=n_in, other=0.0)"]
+
+    def scaled(self, prefix: str, product: str, total: str) -> str:
+        return f"{product} * {prefix}scale[:, None]"
 
 
 def _within(weight: Loader, axis: str) -> str:
@@ -93,9 +95,9 @@ def int8_gemm(name: str, weight: Integers, epilogue: Epilogue, outputs: Sequence
         f"q_tile = tl.load(q + rm.to(tl.int64)[None, :] * K + column[:, None], mask={inside}, other=0)",
         f"total = tl.dot({weight.tile(PREFIX, 0)}, q_tile, total, out_dtype=tl.int32)",
     ]
-    lines, scaled = weight.scaled(PREFIX, 0, "total.to(tl.float32)", "")
     token = "tl.load(step + rm, mask=m_in, other=0.0)[None, :]"
-    finish = [*lines, f"acc = {scaled} * {token}", *epilogue.lines, *store(epilogue, outputs)]
+    scaled = weight.scaled(PREFIX, "total.to(tl.float32)", "")
+    finish = [*weight.once(PREFIX), f"acc = {scaled} * {token}", *epilogue.lines, *store(epilogue, outputs)]
     return f"""@triton.jit
 def {name}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     N: tl.constexpr = {weight.rows}

@@ -32,16 +32,16 @@ def low_rank(name: str, v: Loader, u: Loader, epilogue: Epilogue, outputs: Seque
     are constexprs. Raises `SpecError` past a rank of MOST."""
     if u.columns > MOST:
         raise SpecError(f"a rank of {u.columns} does not stay on the chip: at most {MOST}.")
-    arguments = ["x", *(f"y{i}" for i in range(len(outputs)))]
+    arguments: list[str] = ["x", *(f"y{i}" for i in range(len(outputs)))]
     arguments += [*(V + p for p in v.pointers), *(U + p for p in u.pointers)]
     arguments += [f"p_{o.name}" for o in epilogue.operands]
     slices = -(-u.columns // u.step) * u.planes
     made: list[str] = []
     for i in range(slices):
-        first = [f"rn = {i * u.plane} + tl.arange(0, {u.plane})", f"n_in = rn < {u.columns}"]
-        slice_ = [*first, *walk(v, V, str(u.plane)), f"t{i} = tl.where(n_in[:, None], acc, 0.0).to(FLOAT)"]
+        rows = [f"rn = {i * u.plane} + tl.arange(0, {u.plane})", f"n_in = rn < {u.columns}"]
+        slice_ = [*rows, *walk(v, V, str(u.plane)), f"t{i} = tl.where(n_in[:, None], acc, 0.0).to(FLOAT)"]
         made += [_OWN.sub(r"\1_v", line) for line in slice_]  # Triton lets no variable change its shape in a loop
-    used = ["acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)"]
+    used = ["acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)", *u.once(U)]
     used += ["total = tl.zeros((BLOCK_M,), tl.float32)"] if u.needs_total and not u.runs() else []
     for first in range(0, slices, u.planes):
         used.append(f"k = {first * u.plane}")

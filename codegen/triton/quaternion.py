@@ -35,19 +35,16 @@ def quaternion(name: str, loader: Loader, epilogue: Epilogue, outputs: Sequence[
         )
     arguments = ["x", *(f"y{i}" for i in range(len(outputs))), *(PREFIX + p for p in loader.pointers)]
     arguments += [f"p_{o.name}" for o in epilogue.operands]
-    body = [f"acc{a} = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)" for a in CHUNKS]
+    body = loader.once(PREFIX)
+    body += [f"acc{a} = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)" for a in CHUNKS]
     if loader.needs_total and not loader.runs():
         body += [f"total{a} = tl.zeros((BLOCK_M,), tl.float32)" for a in CHUNKS]
     for c in CHUNKS:
         body.append(f"for k in range({c * chunk}, {(c + 1) * chunk}, {loader.step}):")
         body += [f"    {line}" for line in _step(loader, c, chunk)]
-    scaling: list[str] = []
-    if not loader.runs():
-        scaling, _ = loader.scaled(PREFIX, 0, "", "")
-    finish = [*body, *scaling]
+    finish = body
     for a in CHUNKS:
-        _, scaled = ([], f"acc{a}") if loader.runs() else loader.scaled(PREFIX, 0, f"acc{a}", f"total{a}")
-        finish += [f"acc = {scaled}"]
+        finish += [f"acc = acc{a}" if loader.runs() else f"acc = {loader.scaled(PREFIX, f'acc{a}', f'total{a}')}"]
         finish += [f"rn = {a * loader.rows} + rq", "n_in = rq < ROWS", "inside = n_in[:, None] & m_in[None, :]"]
         finish += [*epilogue.lines, *store(epilogue, outputs), "rn, n_in = rq, rq < ROWS"]
     return f"""@triton.jit
@@ -69,6 +66,7 @@ def _step(loader: Loader, c: int, chunk: int) -> list[str]:
     runs = loader.runs()
     inside = "m_in[None, :]" if chunk % loader.step == 0 else f"m_in[None, :] & (column < {chunk})[:, None]"
     for run in runs or [range(loader.planes)]:
+        lines += loader.begin(PREFIX, run.start) if runs else []
         into = "part" if runs else "acc"
         for plane in run:
             first = plane == run.start
@@ -87,11 +85,7 @@ def _step(loader: Loader, c: int, chunk: int) -> list[str]:
                 start = "" if into == "part" and first else f", {into}{a}"
                 lines.append(f'{into}{a} = tl.dot(tile, x_tile{start}, input_precision="ieee")')
         if runs:
-            scaling, _ = loader.scaled(PREFIX, run.start, "", "")
-            lines += scaling
-            for a in CHUNKS:
-                _, added = loader.scaled(PREFIX, run.start, f"part{a}", f"total{a}")
-                lines.append(f"acc{a} += {added}")
+            lines += [f"acc{a} += {loader.scaled(PREFIX, f'part{a}', f'total{a}')}" for a in CHUNKS]
     return lines
 
 

@@ -2,9 +2,7 @@
 
 A main loop walks the columns in steps. In each it asks the loader for `planes` tiles (BLOCK_N, plane) one after the
 other, multiplies each with the activations of the same columns, and hands what a run of planes added up to back to the
-loader, because a scale that a run shares need not be multiplied into its weights:
-
-    W = s (Q - z)     W x = s (Q - c) x + s (c - z) sum(x)     c: the middle of the codes, which unpacking takes off
+loader, because a scale that a run shares need not be multiplied into its weights.
 
 Lines use these names of the kernel:  rn, n_in (BLOCK_N,) rows and whether they exist;  k, the first column of the step;
 FLOAT, the type of x;  K.  Those a loader makes start with its prefix.
@@ -78,13 +76,21 @@ class Loader(ABC):
         return f"k + {plane * self.plane} + tl.arange(0, {self.plane})"
 
     def runs(self) -> list[range]:
-        """Planes that share a scale; each run ends with `scaled`. No run: nothing is scaled within the loop."""
+        """Planes that share a scale; each run starts with `begin` and ends with `scaled`. None: one scale for all."""
         return []
 
-    def scaled(self, prefix: str, plane: int, product: str, total: str) -> tuple[list[str], str]:
-        """-> (lines, the expression to add to the result) once `product` (BLOCK_N, BLOCK_M) and `total` (BLOCK_M,), the
-        sum of the activations, are those of a run that starts at `plane`, or of all columns where there are no runs."""
-        return [], product
+    def once(self, prefix: str) -> list[str]:
+        """Before the loop."""
+        return []
+
+    def begin(self, prefix: str, plane: int) -> list[str]:
+        """Before a run that starts at `plane`."""
+        return []
+
+    def scaled(self, prefix: str, product: str, total: str) -> str:
+        """What to add to the result once `product` (BLOCK_N, BLOCK_M) and `total` (BLOCK_M,), the sum of the
+        activations, are those of a run, or of all columns where there are no runs."""
+        return product
 
     @property
     def needs_total(self) -> bool:

@@ -47,6 +47,8 @@ class Float8(Loader):
     def tile(self, prefix: str, plane: int) -> str:
         return f"parts.word_e4m3({prefix}word, {plane}, FLOAT)"
 
-    def scaled(self, prefix: str, plane: int, product: str, total: str) -> tuple[list[str], str]:
-        read = f"{prefix}scale = tl.load({prefix}scales + rn, mask=n_in, other=0.0)"
-        return [read], f"{product} * {prefix}scale[:, None]"
+    def once(self, prefix: str) -> list[str]:
+        return [f"{prefix}scale = tl.load({prefix}scales + rn, mask=n_in, other=0.0)"]
+
+    def scaled(self, prefix: str, product: str, total: str) -> str:
+        return f"{product} * {prefix}scale[:, None]"
