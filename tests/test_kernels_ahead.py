@@ -30,7 +30,7 @@ def test_weights_arrive_by_asynchronous_copies(rows):
 
 
 def test_unpacking_stays_on_the_fast_path(rows):
-    """Budgets of integer instructions a weight, so that a refactoring cannot lose it: 1.7 for 4 bits in groups of 128."""
+    """Integer instructions a weight, so that a refactoring cannot lose it: 1.7 for 4 bits in groups of 128."""
     integer = {(row.entry.name, row.config): row.mix.integer for row in rows}
     assert integer["int4 g128", catalogue.DECODE] <= 1.7
     assert integer["int4 g64", catalogue.DECODE] <= 2.0

@@ -59,7 +59,7 @@ ENTRIES = (
     Entry("int4 g64", _linear(dequantize(4, 64)), 4.25, 128, (DECODE, SPLIT, PREFILL)),
     Entry("int4 g128", _linear(dequantize(4, 128)), 4.125, 128, (DECODE, SPLIT, PREFILL)),
     Entry("int3 g64", _linear(dequantize(3, 64)), 3.45, 160, (DECODE, SPLIT, PREFILL)),
-    Entry("int2 g64", _linear(dequantize(2, 64)), 2.25, 256, (DECODE, SPLIT, PREFILL)),
+    Entry("int2 g64", _linear(dequantize(2, 64)), 2.25, 128, (DECODE, SPLIT, Config(32, 128, 1, 8, 3))),
     Entry("float8", _linear(_FLOAT8), 8, 64, (DECODE, SPLIT, PREFILL)),
     Entry("2:4", _linear(_TWO_OF_FOUR), 10, 128, (NARROW,)),
     Entry("low rank", f"low_rank_linear(x, bfloat16[{RANK}, {SIZE}], {_U})", 16, 64, (Config(64, 128, 1, 8, 2),)),

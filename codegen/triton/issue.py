@@ -41,11 +41,11 @@ class Mix:
 
     all: float
     integer: float
-    float: float
+    floating: float
 
     def bound(self, bits: float, machine: Machine = H200) -> float:
         """Of the bandwidth, 0 to 1, at `bits` stored bits a weight."""
-        cycles = max(self.all / 128, self.integer / 64, self.float / 128)
+        cycles = max(self.all / 128, self.integer / 64, self.floating / 128)
         needed = machine.bandwidth / (bits / 8) / machine.multiprocessors / machine.clock
         return min(1.0, 1 / (cycles * needed))
 
