@@ -1,8 +1,9 @@
-"""The command line: compress, plan, inspect. Results on stdout, progress and complaints on stderr, non-zero on any
-failure.
+"""The command line. Results on stdout, progress and complaints on stderr, non-zero on any failure.
 
-fxcompress compress ./my-bert --budget 4x --calibration texts.txt --out ./my-bert-4x fxcompress plan ./my-bert
---budget 4x --calibration texts.txt fxcompress inspect ./my-bert-4x
+    fxcompress compress ./my-bert --budget 4x --calibration texts.txt --out ./my-bert-4x
+    fxcompress plan ./my-bert --budget 4x --calibration texts.txt
+    fxcompress inspect ./my-bert-4x
+    fxcompress kernels --arch 90
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from fxcompress import __version__
 from fxcompress.api import compile, plan_only
 from fxcompress.checkpoint import load, refuse_existing, save
 from fxcompress.core.budget import Budget
-from fxcompress.core.errors import FxcompressError
+from fxcompress.core.errors import FxcompressError, KernelError
 from fxcompress.core.plan import Plan
 from fxcompress.hf import batches_of, load_model
 
@@ -82,6 +84,30 @@ def _inspect(options: argparse.Namespace) -> None:
     _print(options, {"plan": plan.to_json(), "report": report.to_json()}, f"{plan}\n\n{report}")
 
 
+def _kernels(options: argparse.Namespace) -> None:
+    try:
+        from fxcompress.codegen.triton import catalogue
+    except ImportError as error:
+        raise KernelError(
+            f"kernels are compiled by Triton, which cannot be imported here ({error}): "
+            "pip install 'fxcompress[triton]'."
+        ) from error
+    if options.arch not in catalogue.TENSOR_CORES:
+        known = ", ".join(map(str, catalogue.TENSOR_CORES))
+        raise KernelError(f"--arch {options.arch}: kernels can be compiled for {known} (90 is sm_90, an H100 or H200).")
+    rows = list(catalogue.compile_all(options.arch))
+    data = [
+        {"kernel": row.entry.name, "config": asdict(row.config), "registers": row.report.registers,
+         "spill_bytes": row.report.spill_bytes, "shared_bytes": row.report.shared_bytes,
+         "instructions": dict(row.report.instructions), "bound": row.mix.bound(row.entry.bits), "faults": row.faults}
+        for row in rows
+    ]  # fmt: skip
+    _print(options, {"arch": options.arch, "kernels": data}, catalogue.table(rows))
+    faulty = [f"{row.entry.name} {'; '.join(row.faults)}" for row in rows if row.faults]
+    if faulty:
+        raise KernelError(f"{len(faulty)} of {len(rows)} kernels are at fault: {'. '.join(faulty)}.")
+
+
 def _calibration(options: argparse.Namespace, model: Any) -> Any:
     if options.calibration is None:
         print(
@@ -111,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     compress = command("compress", _compress, "compress a Hugging Face model folder")
     plan = command("plan", _plan, "choose the rewrites for a budget and print them; write no model")
     inspect = command("inspect", _inspect, "print the plan and the report of a compressed folder")
+    kernels = command("kernels", _kernels, "compile every kind of Triton kernel for a GPU that need not be here")
+    kernels.add_argument("--arch", type=int, default=90, help="compute capability, 90 for sm_90 (default)")
     for sub in (compress, plan):
         sub.add_argument("model", metavar="MODEL_DIR", help="folder written by save_pretrained, with its tokenizer")
         sub.add_argument("--budget", default="4x", help='size: "4x", "25%%", "12 MB" (default 4x)')

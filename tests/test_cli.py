@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import fxcompress
+import fxcompress.codegen.triton
 from fxcompress.cli import main
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(120))]
@@ -83,3 +85,12 @@ def test_no_calibration_is_said(bert: Path, tmp_path: Path, capsys):
     printed = capsys.readouterr()
     assert "no --calibration" in printed.err
     assert "for want of calibration data" in printed.out
+
+
+def test_kernels_without_triton_say_what_to_install(capsys, monkeypatch):
+    monkeypatch.delattr(fxcompress.codegen.triton, "catalogue", raising=False)  # another test may have imported it
+    monkeypatch.setitem(sys.modules, "fxcompress.codegen.triton.catalogue", None)
+    assert main(["kernels"]) == 1
+    said = capsys.readouterr().err
+    assert "kernels are compiled by Triton, which cannot be imported here" in said
+    assert "pip install 'fxcompress[triton]'" in said

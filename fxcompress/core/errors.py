@@ -41,3 +41,7 @@ class PlanError(FxcompressError, ValueError):
 
 class CheckpointError(FxcompressError):
     """A folder that is not a whole fxcompress checkpoint, or could not be written."""
+
+
+class KernelError(FxcompressError):
+    """A kernel that cannot be built here, or is not what it should be."""

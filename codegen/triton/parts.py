@@ -1,0 +1,99 @@
+"""Device functions that every generated kernel shares: an ordinary file, with line numbers and tests of its own.
+
+Unpacking turns integers into floats without a conversion: the bits of a small integer are put into the mantissa of a
+power of two, which is then taken off again. 0x6400 is 1024 in float16, whose last ten bits count ones; 0x4300 is 128 in
+bfloat16, whose last seven do. Every intermediate is a number of the format, so all of it is exact.
+
+    word_plane      plane i of int32 words (fxcompress.codegen.triton.words), minus MIDDLE
+    word_e4m3       the same of 8-bit floats
+
+No function of libdevice and no inline assembly: the interpreter has neither.
+"""
+
+
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pair(word, FLOAT: tl.constexpr):
+    """int32 (..., n) whose halves are 16-bit floats -> (..., 2 n), neighbours side by side. Moves nothing on sm_90."""
+    low, high = word.to(tl.uint16), (word >> 16).to(tl.uint16)
+    return tl.interleave(low.to(FLOAT, bitcast=True), high.to(FLOAT, bitcast=True))
+
+
+@triton.jit
+def word_plane(word, PLANE: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr):
+    """Plane PLANE of words (rows, width) -> codes - 2^(BITS - 1), (rows, 2 width) of FLOAT, exact.
+
+    FLOAT is float16, bfloat16 or float32.
+    """
+    MIDDLE: tl.constexpr = 2.0 ** (BITS - 1)
+    word = word.to(tl.uint32, bitcast=True)
+    if tl.float32 == FLOAT:
+        return word_plane(word, PLANE, BITS, tl.float16).to(tl.float32)
+    elif BITS == 8 and tl.bfloat16 == FLOAT:
+        # Seven bits of mantissa: the high half of the code times 16, plus the low one.
+        both = (word >> (8 * PLANE)) & 0x00FF00FF
+        high = pair(((both >> 4) & 0x000F000F) | 0x43004300, FLOAT) - 136.0
+        return high * 16.0 + (pair((both & 0x000F000F) | 0x43004300, FLOAT) - 128.0)
+    elif BITS == 4 and tl.float16 == FLOAT:
+        # Odd planes stay where they are in the mantissa, 16 times their value: one shift serves two planes.
+        both = word >> (8 * (PLANE // 2))
+        if PLANE % 2 == 0:
+            return pair((both & 0x000F000F) | 0x64006400, FLOAT) - 1032.0
+        else:
+            return pair((both & 0x00F000F0) | 0x64006400, FLOAT) * 0.0625 - 72.0
+    else:
+        MASK: tl.constexpr = (2**BITS - 1) * 0x00010001
+        if tl.float16 == FLOAT:
+            return pair(((word >> (BITS * PLANE)) & MASK) | 0x64006400, FLOAT) - (1024.0 + MIDDLE)
+        else:
+            return pair(((word >> (BITS * PLANE)) & MASK) | 0x43004300, FLOAT) - (128.0 + MIDDLE)
+
+
+@triton.jit
+def word_e4m3(word, PLANE: tl.constexpr, FLOAT: tl.constexpr):
+    """Plane PLANE of words (rows, width) that hold e4m3 numbers -> (rows, 2 width) of FLOAT, exact but for NaN.
+
+    By moving bits and one multiplication: sm_80 has no such conversion.
+    """
+    both = word.to(tl.uint32, bitcast=True) << (8 * (1 - PLANE))  # sign, exponent and mantissa lead each half
+    sign = both & 0x80008000
+    if tl.bfloat16 == FLOAT:
+        return pair(sign | ((both >> 4) & 0x07F007F0), FLOAT) * 1.329227995784916e36  # 2^120
+    else:
+        return (pair(sign | ((both >> 1) & 0x3F803F80), tl.float16) * 256.0).to(FLOAT)
+
+
+@triton.jit
+def nearest(v):
+    """float32 below 2^22 -> the nearest whole number, ties to even: there is room for no fraction above 2^23."""
+    return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def tanh(v):
+    return 2.0 * tl.sigmoid(2.0 * v) - 1.0
+
+
+@triton.jit
+def gelu(v):
+    return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh(v):
+    return v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+
+
+@triton.jit
+def silu(v):
+    return v * tl.sigmoid(v)
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + e^v), by the larger of 0 and v so that nothing overflows."""
+    return tl.maximum(v, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(v)))

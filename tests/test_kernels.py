@@ -1,0 +1,243 @@
+"""Generated kernels, interpreted, against the body of the op in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from fxcompress.codegen.ops.fused import evaluate  # noqa: E402
+from fxcompress.codegen.ops.unmask_2_4 import patterns_of  # noqa: E402
+from fxcompress.codegen.spec import parse  # noqa: E402
+from fxcompress.codegen.triton.build import load_source  # noqa: E402
+from fxcompress.codegen.triton.generate import generate, kind_of  # noqa: E402
+from fxcompress.codegen.triton.interpreter import interpreter  # noqa: E402
+from fxcompress.codegen.triton.kernel import Config  # noqa: E402
+from fxcompress.core.errors import SpecError  # noqa: E402
+from fxcompress.core.metric import Metric  # noqa: E402
+from fxcompress.passes.float8 import Float8  # noqa: E402
+from fxcompress.passes.quantize import Quantize  # noqa: E402
+
+HALVES = [torch.float16, torch.bfloat16]
+BITS = [2, 3, 4, 8]
+TAIL = " | gelu(_, approximate='tanh') | add(_, extra[0]) | mul(_, extra[1])"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(rows, columns, dtype):
+    """-> (the weight as a spec writes it, its constants)."""
+    weight = (normal(rows, columns) / columns**0.5).to(dtype)
+    return f"{str(dtype)[6:]}[{rows}, {columns}]", [weight]
+
+
+def quantized(rows, columns, dtype, bits=4, group=64, symmetric=False):
+    setting = Quantize(bits, group, symmetric)
+    encoded = setting.encode(normal(rows, columns) / columns**0.5 + 0.01, Metric())
+    tensors = [encoded[key] for key in setting.keys]
+    types = [f"{str(t.dtype)[6:]}[{', '.join(map(str, t.shape))}]" for t in tensors]
+    if symmetric:
+        types.insert(2, "None")
+    given = f"bits={bits}, group_size={setting.group(columns)}, columns={columns}, dtype={str(dtype)[6:]}"
+    return f"dequantize({', '.join(types)}, {given})", tensors
+
+
+def float8(rows, columns, dtype):
+    encoded = Float8().encode(normal(rows, columns) / columns**0.5, Metric())
+    spec = f"dequantize_float8(uint8[{rows}, {columns}], float32[{rows}, 1], dtype={str(dtype)[6:]})"
+    return spec, [encoded["codes"], encoded["scales"]]
+
+
+def two_of_four(rows, columns, dtype):
+    weight = normal(rows, columns) / columns**0.5
+    keep = torch.zeros(rows, columns // 4, 4).scatter_(2, weight.abs().view(rows, -1, 4).topk(2).indices, 1).bool()
+    keep = keep.flatten(1)
+    patterns, values = patterns_of(keep), weight[keep].view(rows, -1).to(dtype)
+    types = f"uint8[{rows}, {patterns.shape[1]}], {str(dtype)[6:]}[{rows}, {columns // 2}]"
+    return f"unmask_2_4({types})", [patterns, values]
+
+
+def both(weight, tensors, tail, x, extras, config, bias=True):
+    """-> (what the kernel gives, the body in float64, the size of what is added up)."""
+    rows = int(weight.split("[")[1].split(",")[0])
+    dtype = str(x.dtype)[6:]
+    spec = parse(f"linear(x, {weight}, {dtype}[{rows}]){tail}" if bias else f"linear(x, {weight}){tail}")
+    own = [normal(rows, seed=3).to(x.dtype)] if bias else []
+    kinds = tuple(kind_of(e.shape, (*x.shape[:-1], rows)) for e in extras)
+    kernel = generate(spec, x.dtype, kinds)
+    with interpreter():
+        made = kernel(x, kernel.prepare([*tensors, *own]), extras, config)
+    # The reference: the same program in float64 on the very numbers, its weight unpacked in float64.
+    exact = parse(str(spec).replace(dtype, "float64"))
+    doubled = [t.double() if t.dtype == x.dtype else t for t in [*tensors, *own]]
+    want = evaluate(exact, x.double(), doubled, [e.double() for e in extras])
+    unpacked = evaluate(parse(f"linear(x, {weight.replace(dtype, 'float64')})"), torch.eye(x.shape[-1]).double(),
+                        [t.double() if t.dtype == x.dtype else t for t in tensors], [])[0].T  # fmt: skip
+    size = float((x.double().abs().flatten(0, -2) @ unpacked.abs().T).max())
+    return made, want, size
+
+
+def close(made, want, size, columns):
+    """One rounding to the dtype of the output; in float32, sums of `columns` products whose sizes add to `size`."""
+    for got, wanted in zip(made, want, strict=True):
+        assert bool(torch.isfinite(got).all())
+        room = torch.finfo(got.dtype).eps / 2 * wanted.abs() + 4 * (columns + 8) * 2.0**-24 * (size + 1)
+        worst = float(((got.double() - wanted).abs() - room).max())
+        assert worst <= 0, f"{worst:.3g} too much, where {float(room.max()):.3g} is allowed"
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("kept", ["dense", "zeros", "symmetric", "row", "float8", "2:4"])
+def test_a_linear_with_its_epilogue(kept, split, dtype):
+    rows, columns, tokens = 72, 416, 5  # no multiple of a tile, and a step that is not full
+    make = {
+        "dense": lambda: dense(rows, columns, dtype), "zeros": lambda: quantized(rows, columns, dtype, 4, 64),
+        "symmetric": lambda: quantized(rows, columns, dtype, 4, 64, True),
+        "row": lambda: quantized(rows, columns, dtype, 8, 0), "float8": lambda: float8(rows, columns, dtype),
+        "2:4": lambda: two_of_four(rows, columns, dtype),
+    }[kept]  # fmt: skip
+    x = normal(tokens, columns, seed=1).to(dtype)
+    extras = [normal(tokens, rows, seed=4).to(dtype), normal(tokens, 1, seed=5).to(dtype)]
+    made, want, size = both(*make(), TAIL, x, extras, Config(16, 32, split))
+    close(made, want, size * 3, columns)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("bits", "group"), [*itertools.product(BITS, [32, 64, 128, 0])])
+def test_every_width_and_group(bits, group, dtype):
+    x = normal(2, 3, 300, seed=1).to(dtype)
+    made, want, size = both(*quantized(48, 300, dtype, bits, group), "", x, [], Config(16, 64))
+    assert made[0].shape == (2, 3, 48)
+    close(made, want, size, 300)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33])
+def test_any_number_of_tokens(tokens):
+    x = normal(tokens, 128, seed=1).half()
+    made, want, size = both(*quantized(40, 128, torch.float16), " | relu(_)", x, [], Config(16, 32), bias=False)
+    close(made, want, size, 128)
+
+
+def test_no_tokens_give_an_empty_result_without_a_launch():
+    kernel = generate(parse("linear(x, float16[40, 128])"), torch.float16)
+    (made,) = kernel(torch.empty(2, 0, 128).half(), [normal(40, 128).half()], [])
+    assert (made.shape, made.dtype) == ((2, 0, 40), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("kept", ["dense", "quantized", "both ways"])
+def test_low_rank_stays_on_the_chip(kept, dtype):
+    rows, columns, rank, tokens = 72, 160, 40, 21
+    v = dense(rank, columns, dtype) if kept == "dense" else quantized(rank, columns, dtype, 4, 64)
+    u = quantized(rows, rank, dtype, 8, 0) if kept == "quantized" else dense(rows, rank, dtype)
+    name = str(dtype)[6:]
+    x, bias = normal(tokens, columns, seed=1).to(dtype), normal(rows, seed=3).to(dtype)
+    spec = parse(f"low_rank_linear(x, {v[0]}, {u[0]}, {name}[{rows}]) | silu(_)")
+    kernel = generate(spec, dtype)
+    tensors = [*v[1], *u[1], bias]
+    with interpreter():
+        (made,) = kernel(x, kernel.prepare(tensors), [], Config(16, 32, 2))
+    doubled = [t.double() if t.dtype == dtype else t for t in tensors]
+    (want,) = evaluate(parse(str(spec).replace(name, "float64")), x.double(), doubled, [])
+    # What is between the two is rounded to dtype, as the op's body does: each of `rank` numbers of size about 1.
+    between = 0.0 if dtype == torch.float32 else rank**0.5 * torch.finfo(dtype).eps
+    room = torch.finfo(dtype).eps / 2 * want.abs() + between + 1e-5
+    assert bool(((made.double() - want).abs() <= room).all())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kept", ["dense", "groups", "row"])
+def test_quaternions_read_a_quarter_of_the_weight(kept, dtype):
+    rows, tokens = 24, 5  # of the components: 96 outputs
+    columns = 200 if kept == "dense" else 512  # components of 50 fill no tile; coded ones are whole steps
+    c, own = {
+        "dense": lambda: dense(rows, columns, dtype), "groups": lambda: quantized(rows, columns, dtype, 4, 64),
+        "row": lambda: quantized(rows, columns, dtype, 8, 0),
+    }[kept]()  # fmt: skip
+    name = str(dtype)[6:]
+    x, bias = normal(tokens, columns, seed=1).to(dtype), normal(4 * rows, seed=3).to(dtype)
+    spec = parse(f"quaternion_linear(x, {c}, {name}[{4 * rows}]) | gelu(_) | add(_, extra[0])")
+    extras = [normal(tokens, 4 * rows, seed=4).to(dtype)]
+    kernel = generate(spec, dtype, ("full",))
+    with interpreter():
+        made = kernel(x, kernel.prepare([*own, bias]), extras, Config(16, 16))
+    doubled = [t.double() if t.dtype == dtype else t for t in [*own, bias]]
+    exact = parse(str(spec).replace(name, "float64"))
+    want = evaluate(exact, x.double(), doubled, [e.double() for e in extras])
+    size = float(x.double().abs().sum(1).max()) * 5 / columns**0.5  # five standard deviations of a weight
+    close(made, want, size, columns)
+
+
+def test_components_that_are_no_whole_steps_are_refused():
+    weight, _ = quantized(8, 96, torch.float16, 8, 0)
+    with pytest.raises(SpecError, match="components of 24 columns cannot be read in steps of 64"):
+        generate(parse(f"quaternion_linear(x, {weight})"), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [192, 100])
+def test_integers_on_both_sides_are_multiplied_exactly(columns, dtype):
+    rows, tokens, name = 40, 7, str(dtype)[6:]
+    codes = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    scales, smooth = normal(rows, seed=2).abs() / 127, normal(columns, seed=3).abs() + 0.5
+    x, bias = normal(tokens, columns, seed=1).to(dtype), normal(rows, seed=4).to(dtype)
+    types = f"int8[{rows}, {columns}], float32[{rows}], float32[{columns}], {name}[{rows}]"
+    kernel = generate(spec := parse(f"int8_dynamic_linear(x, {types}) | relu(_)"), dtype)
+    tensors = [codes, scales, smooth, bias]
+    with interpreter():
+        (made,) = kernel(x, kernel.prepare(tensors), [], Config(16, 32))
+    (want,) = evaluate(spec, x, tensors, [])
+    # The same integers, then a few roundings of float32 and one to dtype.
+    room = torch.finfo(dtype).eps * want.double().abs() + 2**-20
+    assert bool(((made.double() - want.double()).abs() <= room).all())
+
+
+def test_several_outputs():
+    x = normal(7, 64, seed=1).half()
+    tail = " | silu(_) | mul(_, extra[0]) | outputs(step[0], _)"
+    made, want, size = both(*dense(32, 64, torch.float16), tail, x, [normal(32, seed=2).half()], Config(16, 32))
+    assert len(made) == 2
+    close(made, want, size * 4, 64)
+
+
+def test_a_split_leaves_its_counters_at_zero_and_gives_the_same_bits():
+    weight, tensors = quantized(64, 512, torch.float16)
+    kernel = generate(parse(f"linear(x, {weight})"), torch.float16)
+    x, prepared = normal(3, 512).half(), kernel.prepare(tensors)
+    with interpreter():
+        first, second = (kernel(x, prepared, [], Config(16, 32, 4))[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("linear(x, float32[8, 8]) | softplus(_)", "there is no epilogue for softplus"),
+        ("linear(rows, unmask(uint8[8, 1], float32[8, 4], columns=8, tile=1))", "there is no loader for unmask"),
+        ("monarch_linear(x, float32[2, 2, 4], float32[2, 4, 2])", "there is no main loop for monarch_linear"),
+        ("low_rank_linear(x, float32[300, 512], float32[512, 300])", "a rank of 300 does not stay on the chip"),
+    ],
+)
+def test_what_cannot_be_emitted_is_named(spec, message):
+    with pytest.raises(SpecError, match=message):
+        generate(parse(spec), torch.float32)
+
+
+def test_inputs_without_kernels_are_named():
+    with pytest.raises(SpecError, match=r"no kernels for inputs of torch\.float64; there are for float16"):
+        generate(parse("linear(x, float64[8, 8])"), torch.float64)
+
+
+def test_source_that_fails_leaves_no_module_behind():
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            load_source("1 / 0\n")

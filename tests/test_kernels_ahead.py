@@ -1,0 +1,69 @@
+"""Every kernel the generator can emit compiles for GPUs that are not here, and is what it should be."""
+
+import json
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from fxcompress import cli  # noqa: E402
+from fxcompress.codegen.triton import catalogue  # noqa: E402
+from fxcompress.codegen.triton.catalogue import ENTRIES, compile_all, table  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """All of the catalogue on sm_90, compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FXCOMPRESS_CACHE", str(tmp_path_factory.mktemp("kernels")))
+        yield list(compile_all(90))
+
+
+def test_on_sm_90_nothing_is_at_fault_and_every_product_is_on_its_tensor_cores(rows):
+    assert len(rows) == sum(len(entry.configs) for entry in ENTRIES)
+    assert [(row.entry.name, row.config, row.faults) for row in rows if row.faults] == []
+    assert all(row.report.instructions["wgmma"] for row in rows)
+
+
+def test_weights_arrive_by_asynchronous_copies(rows):
+    assert all(row.report.instructions["cp.async"] for row in rows)
+
+
+def test_unpacking_stays_on_the_fast_path(rows):
+    """Integer instructions a weight, so that a refactoring cannot lose it: 1.7 for 4 bits in groups of 128."""
+    integer = {(row.entry.name, row.config): row.mix.integer for row in rows}
+    assert integer["int4 g128", catalogue.DECODE] <= 1.7
+    assert integer["int4 g64", catalogue.DECODE] <= 2.0
+    assert integer["int4 g64", catalogue.PREFILL] <= 2.5
+    assert integer["float8", catalogue.DECODE] <= 2.0
+    assert integer["dense", catalogue.DECODE] <= 0.5
+
+
+def test_the_table_has_a_line_for_each(rows):
+    lines = table(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert lines[0].split()[0] == "kernel"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 89, 100])
+def test_on_other_cards_too(arch, tmp_path, monkeypatch):
+    monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path))
+    assert [(row.entry.name, row.config, row.faults) for row in compile_all(arch) if row.faults] == []
+
+
+def test_the_command_prints_them_and_fails_where_one_is_at_fault(rows, capsys, monkeypatch):
+    monkeypatch.setattr(catalogue, "compile_all", lambda arch: iter(rows[:2]))
+    assert cli.main(["kernels", "--arch", "90"]) == 0
+    assert "dense" in capsys.readouterr().out
+    assert cli.main(["kernels", "--json"]) == 0
+    assert [kernel["kernel"] for kernel in json.loads(capsys.readouterr().out)["kernels"]] == ["dense", "dense"]
+    monkeypatch.setattr(catalogue.Row, "faults", ["spills 16 bytes"])
+    assert cli.main(["kernels"]) == 1
+    assert "2 of 2 kernels are at fault: dense spills 16 bytes" in capsys.readouterr().err
+
+
+def test_an_unknown_card_is_named(capsys):
+    assert cli.main(["kernels", "--arch", "70"]) == 1
+    wanted = "--arch 70: kernels can be compiled for 80, 86, 89, 90, 100, 120 (90 is sm_90, an H100 or H200)."
+    assert wanted in capsys.readouterr().err
