@@ -3,12 +3,16 @@
 import json
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from fxcompress import cli  # noqa: E402
+from fxcompress.codegen.spec import parse  # noqa: E402
 from fxcompress.codegen.triton import catalogue  # noqa: E402
+from fxcompress.codegen.triton.ahead import compile_ahead  # noqa: E402
 from fxcompress.codegen.triton.catalogue import ENTRIES, compile_all, table  # noqa: E402
+from fxcompress.codegen.triton.generate import generate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,16 @@ def test_the_table_has_a_line_for_each(rows):
     lines = table(rows).splitlines()
     assert len(lines) == 2 + len(rows)
     assert lines[0].split()[0] == "kernel"
+
+
+@pytest.mark.parametrize("config", [catalogue.DECODE, catalogue.SPLIT], ids=["whole", "split"])
+def test_a_single_token_is_a_constant_to_triton(config, tmp_path, monkeypatch):
+    """At a launch Triton makes every size that is 1 a constexpr, which has no methods of a tensor."""
+    monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path))
+    kernel = generate(parse(catalogue.ENTRIES[2].product), torch.bfloat16)
+    signature = {name: kind for name, kind in kernel.signature(config).items() if name != "M"}
+    report = compile_ahead(kernel.function(config), signature, {**kernel.constants(config), "M": 1}, 90, config.warps)
+    assert report.faults(("wgmma",)) == []
 
 
 @pytest.mark.slow

@@ -111,14 +111,15 @@ def _sums_all(loader: Loader) -> bool:
 
 def _finish_last(finish: Sequence[str]) -> list[str]:
     return [
-        "at = rm.to(tl.int64)[None, :] * N + rn[:, None]",
-        "tl.store(partials + ps * M.to(tl.int64) * N + at, acc, mask=inside)",
+        "mine = partials + (ps * M + rm).to(tl.int64)[None, :] * N + rn[:, None]",
+        "tl.store(mine, acc, mask=inside)",
         "tl.debug_barrier()  # every thread's part is written before the counter moves",
         "counter = arrived + pm * tl.num_programs(0) + pn",
         'if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:',
         "    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)",
         "    for j in range(SPLIT):",
-        '        acc += tl.load(partials + j * M.to(tl.int64) * N + at, mask=inside, other=0.0, cache_modifier=".cg")',
+        "        part_of_j = partials + (j * M + rm).to(tl.int64)[None, :] * N + rn[:, None]",
+        '        acc += tl.load(part_of_j, mask=inside, other=0.0, cache_modifier=".cg")',
         *(f"    {line}" for line in finish),
         "    tl.store(counter, 0)",
     ]

@@ -5,8 +5,8 @@ A weight (rows, columns) is walked in steps; a step of S = 2 P W columns is W wo
     word j = sum_i  code[2 W i + 2 j] 2^(b i)  +  code[2 W i + 2 j + 1] 2^(16 + b i)        i = 0 .. P - 1,  P = 16 // b
 
 So plane i of a step, its columns 2 W i .. 2 W (i + 1), comes out of every word by one shift and one mask, as two 16-bit
-floats that already lie beside each other: 1.1 to 1.6 integer operations a weight where bytes take 6 and int-to-float
-conversions 7 (counted in sm_90 machine code, shared notes on Triton). Three bits leave one bit of each half unused.
+floats that already lie beside each other: 1.7 to 1.8 integer instructions a weight in the whole loop at 4 bits on sm_90
+(`fxcompress kernels` counts them). Three bits leave one bit of each half unused.
 
     bits                 2     3     4    8
     planes P             8     5     4    2

@@ -98,10 +98,27 @@ class Loader(ABC):
         return False
 
 
-def load_words(prefix: str, words: Words, columns: int) -> str:
-    """The words of a step."""
-    length = words.steps(columns) * words.width
-    return (
-        f"{prefix}word = tl.load({prefix}words + rn.to(tl.int64)[:, None] * {length} + "
-        f"(k // {words.step} * {words.width} + tl.arange(0, {words.width}))[None, :], mask=n_in[:, None], other=0)"
-    )
+@dataclass(frozen=True)
+class WordLoader(Loader):
+    """A weight kept in 32-bit words; a subclass has `{prefix}words` among its pointers."""
+
+    @property
+    @abstractmethod
+    def words(self) -> Words:
+        """How they lie."""
+
+    @property
+    def plane(self) -> int:
+        return self.words.plane
+
+    @property
+    def planes(self) -> int:
+        return self.words.planes
+
+    def load(self, prefix: str) -> list[str]:
+        width = self.words.width
+        length = self.words.steps(self.columns) * width
+        return [
+            f"{prefix}word = tl.load({prefix}words + rn.to(tl.int64)[:, None] * {length} + "
+            f"(k // {self.step} * {width} + tl.arange(0, {width}))[None, :], mask=n_in[:, None], other=0)"
+        ]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxcompress.codegen.triton.loaders.base import Loader, load_words
+from fxcompress.codegen.triton.loaders.base import WordLoader
 from fxcompress.codegen.triton.words import Words
 
 
 @dataclass(frozen=True)
-class Float8(Loader):
+class Float8(WordLoader):
     """e4m3 numbers in words of four; one scale a row."""
 
     width: int = 16
@@ -20,14 +20,6 @@ class Float8(Loader):
     @property
     def words(self) -> Words:
         return Words(8, self.width)
-
-    @property
-    def plane(self) -> int:
-        return self.words.plane
-
-    @property
-    def planes(self) -> int:
-        return self.words.planes
 
     @property
     def pointers(self) -> dict[str, str]:
@@ -40,9 +32,6 @@ class Float8(Loader):
     def prepare(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         codes, scales = tensors
         return self.words.pack(codes), scales.float().flatten().contiguous()
-
-    def load(self, prefix: str) -> list[str]:
-        return [load_words(prefix, self.words, self.columns)]
 
     def tile(self, prefix: str, plane: int) -> str:
         return f"parts.word_e4m3({prefix}word, {plane}, FLOAT)"

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fxcompress.codegen.packing import unpack
-from fxcompress.codegen.triton.loaders.base import Loader, load_words
+from fxcompress.codegen.triton.loaders.base import WordLoader
 from fxcompress.codegen.triton.words import Words
 from fxcompress.core.errors import SpecError
 
 
 @dataclass(frozen=True)
-class Quantized(Loader):
+class Quantized(WordLoader):
     """Codes of 2, 3, 4 or 8 bits in words; a scale and a zero a group of `group` columns, 0 for the whole row.
 
     W = s (Q - z). Unpacking gives Q - c, c the middle of the codes, and one packed addition for two weights Q - z,
@@ -40,14 +40,6 @@ class Quantized(Loader):
         return Words(self.bits, self.width)
 
     @property
-    def plane(self) -> int:
-        return self.words.plane
-
-    @property
-    def planes(self) -> int:
-        return self.words.planes
-
-    @property
     def pointers(self) -> dict[str, str]:
         return {"words": "i32", "marks": "i16", "grid": "fp32"}
 
@@ -64,9 +56,6 @@ class Quantized(Loader):
         zeros, grid = unpack(rest[0], 4, self.groups) if self.zeros else torch.full_like(scales, 8), rest[-1]
         marks = scales.to(torch.int16) | zeros.to(torch.int16) << 8
         return self.words.pack(unpack(codes, self.bits, self.columns)), marks.T.contiguous(), grid
-
-    def load(self, prefix: str) -> list[str]:
-        return [load_words(prefix, self.words, self.columns)]
 
     def tile(self, prefix: str, plane: int) -> str:
         codes = f"parts.word_plane({prefix}word, {plane}, {self.bits}, FLOAT)"

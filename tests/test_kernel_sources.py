@@ -1,0 +1,41 @@
+"""The emitted text of a few specs, so that a refactoring that claims to change nothing proves it."""
+
+import pytest
+import torch
+
+from fxcompress.codegen.spec import parse
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fxcompress.codegen.triton.build import load_source, write_source
+from fxcompress.codegen.triton.generate import generate
+
+Q4 = (
+    "dequantize(uint8[96, 64], uint8[96, 2], uint8[96, 1], float32[2], bits=4, group_size=64, columns=128, "
+    "dtype=bfloat16)"
+)
+SPECS = {
+    "quantized": f"linear(x, {Q4}, bfloat16[96]) | gelu(_) | add(_, extra[0])",
+    "low_rank": "low_rank_linear(x, bfloat16[40, 128], bfloat16[96, 40]) | silu(_)",
+    "quaternion": "quaternion_linear(x, bfloat16[24, 128], bfloat16[96])",
+    "int8": "int8_dynamic_linear(x, int8[96, 128], float32[96], float32[128])",
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_source(name, golden):
+    spec = parse(SPECS[name])
+    golden(generate(spec, torch.bfloat16, ("full",) * spec.extras).source)
+
+
+def test_a_source_is_one_file_named_by_its_text_and_written_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path))
+    source = "ANSWER = 42  # of this test alone\n"
+    assert load_source(source) is load_source(source)
+    (file,) = tmp_path.rglob("*.py")
+    assert file.read_text() == source
+    assert file.parent.stat().st_mode & 0o077 == 0  # only the user can put code there
+    before = file.stat().st_mtime_ns
+    assert write_source(source, file.stem) == file
+    assert file.stat().st_mtime_ns == before
+    assert [p for p in tmp_path.rglob("*") if p.suffix == ".partial"] == []
