@@ -21,7 +21,7 @@ test: venv  ## lint, types, layers, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 demo: venv  ## compress a sentence encoder, save it, load it and use it
 	$(BIN)/python benchmarks/demo.py
