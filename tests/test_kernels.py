@@ -65,6 +65,13 @@ def two_of_four(rows, columns, dtype):
     return f"unmask_2_4({types})", [patterns, values]
 
 
+def unpacked(weight, tensors, columns, dtype):
+    """The weight (rows, columns) in float64, by the op that unpacks it."""
+    spec = parse(f"linear(x, {weight.replace(str(dtype)[6:], 'float64')})")
+    doubled = [t.double() if t.dtype == dtype else t for t in tensors]
+    return evaluate(spec, torch.eye(columns, dtype=torch.float64), doubled, [])[0].T
+
+
 def both(weight, tensors, tail, x, extras, config, bias=True):
     """-> (what the kernel gives, the body in float64, the size of what is added up)."""
     rows = int(weight.split("[")[1].split(",")[0])
@@ -79,9 +86,7 @@ def both(weight, tensors, tail, x, extras, config, bias=True):
     exact = parse(str(spec).replace(dtype, "float64"))
     doubled = [t.double() if t.dtype == x.dtype else t for t in [*tensors, *own]]
     want = evaluate(exact, x.double(), doubled, [e.double() for e in extras])
-    unpacked = evaluate(parse(f"linear(x, {weight.replace(dtype, 'float64')})"), torch.eye(x.shape[-1]).double(),
-                        [t.double() if t.dtype == x.dtype else t for t in tensors], [])[0].T  # fmt: skip
-    size = float((x.double().abs().flatten(0, -2) @ unpacked.abs().T).max())
+    size = float((x.double().abs().flatten(0, -2) @ unpacked(weight, tensors, x.shape[-1], x.dtype).abs().T).max())
     return made, want, size
 
 
@@ -108,7 +113,7 @@ def test_a_linear_with_its_epilogue(kept, split, dtype):
     x = normal(tokens, columns, seed=1).to(dtype)
     extras = [normal(tokens, rows, seed=4).to(dtype), normal(tokens, 1, seed=5).to(dtype)]
     made, want, size = both(*make(), TAIL, x, extras, Config(16, 32, split))
-    close(made, want, size * 3, columns)
+    close(made, want, size * max(1.2, 1.2 * float(extras[1].abs().max())), columns)  # a GELU's slope, then the factor
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -148,9 +153,14 @@ def test_low_rank_stays_on_the_chip(kept, dtype):
         (made,) = kernel(x, kernel.prepare(tensors), [], Config(16, 32, 2))
     doubled = [t.double() if t.dtype == dtype else t for t in tensors]
     (want,) = evaluate(parse(str(spec).replace(name, "float64")), x.double(), doubled, [])
-    # What is between the two is rounded to dtype, as the op's body does: each of `rank` numbers of size about 1.
-    between = 0.0 if dtype == torch.float32 else rank**0.5 * torch.finfo(dtype).eps
-    room = torch.finfo(dtype).eps / 2 * want.abs() + between + 1e-5
+    # What is between the two is rounded to dtype, as the op's body does; a SiLU is nowhere steeper than 1.1. float32
+    # adds up columns and rank products, whose sizes are at most `size` in all.
+    w_v, w_u = unpacked(*v, columns, dtype), unpacked(*u, rank, dtype)
+    middle = (x.double() @ w_v.T).abs() @ w_u.abs().T
+    size = x.double().abs() @ w_v.abs().T @ w_u.abs().T
+    between = torch.finfo(dtype).eps / 2 * middle
+    single = (columns + rank) * 2.0**-24 * (size + 1)
+    room = torch.finfo(dtype).eps / 2 * want.abs() + 1.1 * (between + 2 * single) + 2.0**-22
     assert bool(((made.double() - want).abs() <= room).all())
 
 
@@ -206,16 +216,21 @@ def test_several_outputs():
     tail = " | silu(_) | mul(_, extra[0]) | outputs(step[0], _)"
     made, want, size = both(*dense(32, 64, torch.float16), tail, x, [normal(32, seed=2).half()], Config(16, 32))
     assert len(made) == 2
-    close(made, want, size * 4, 64)
+    close(made, want, size * 1.1 * 4, 64)  # a SiLU's slope, then a factor below 4
 
 
-def test_a_split_leaves_its_counters_at_zero_and_gives_the_same_bits():
+def test_a_split_leaves_its_counters_at_zero_and_gives_the_same_bits(monkeypatch):
     weight, tensors = quantized(64, 512, torch.float16)
     kernel = generate(parse(f"linear(x, {weight})"), torch.float16)
     x, prepared = normal(3, 512).half(), kernel.prepare(tensors)
+    config = Config(16, 32, 4)
+    workspace = kernel.workspace(x, config)
+    monkeypatch.setattr(type(kernel), "workspace", lambda *_: workspace)  # one for both launches
     with interpreter():
-        first, second = (kernel(x, prepared, [], Config(16, 32, 4))[0] for _ in range(2))
+        first, second = (kernel(x, prepared, [], config)[0] for _ in range(2))
+        assert not bool(workspace["arrived"].any())
     assert torch.equal(first, second)
+    assert bool(workspace["partials"].any())
 
 
 @pytest.mark.parametrize(
@@ -225,6 +240,7 @@ def test_a_split_leaves_its_counters_at_zero_and_gives_the_same_bits():
         ("linear(rows, unmask(uint8[8, 1], float32[8, 4], columns=8, tile=1))", "there is no loader for unmask"),
         ("monarch_linear(x, float32[2, 2, 4], float32[2, 4, 2])", "there is no main loop for monarch_linear"),
         ("low_rank_linear(x, float32[300, 512], float32[512, 300])", "a rank of 300 does not stay on the chip"),
+        ("low_rank_linear(x, float32[8, 64], unmask_2_4(uint8[16, 3], float32[16, 4]))", "cannot read U as TwoOfFour"),
     ],
 )
 def test_what_cannot_be_emitted_is_named(spec, message):

@@ -13,6 +13,8 @@ from fxcompress.codegen.triton import catalogue  # noqa: E402
 from fxcompress.codegen.triton.ahead import compile_ahead  # noqa: E402
 from fxcompress.codegen.triton.catalogue import ENTRIES, compile_all, table  # noqa: E402
 from fxcompress.codegen.triton.generate import generate  # noqa: E402
+from fxcompress.codegen.triton.kernel import Config  # noqa: E402
+from fxcompress.codegen.triton.low_rank import MOST  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,14 @@ def test_a_single_token_is_a_constant_to_triton(config, tmp_path, monkeypatch):
     signature = {name: kind for name, kind in kernel.signature(config).items() if name != "M"}
     report = compile_ahead(kernel.function(config), signature, {**kernel.constants(config), "M": 1}, 90, config.warps)
     assert report.faults(("wgmma",)) == []
+
+
+def test_the_largest_rank_that_is_emitted_fits_an_h100(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path))
+    product = f"low_rank_linear(x, bfloat16[{MOST}, 4096], bfloat16[4096, {MOST}])"
+    configs = (Config(64, 128, 1, 8, 2), Config(16, 128, 4, 4, 3))
+    monkeypatch.setattr(catalogue, "ENTRIES", (catalogue.Entry("low rank", product, 16, 64, configs),))
+    assert [row.faults for row in compile_all(90)] == [[], []]
 
 
 @pytest.mark.slow

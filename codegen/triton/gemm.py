@@ -6,7 +6,7 @@ one (64 rows).
 
 SPLIT > 1 divides the columns among as many programs for each tile. Each writes its float32 partial sums, and the last
 to arrive adds all of them up in a fixed order, does the epilogue and puts its counter back to zero: the same bits on
-every run, no second launch, nothing to clear beforehand.
+every run, and a workspace that is zero once serves every launch after it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ are counted by the pipe that issues them, and divided by the weights a thread ta
     cycles a weight = max(all / 128, integer / 64, float / 128)          lanes a cycle of one multiprocessor
     needed          = bandwidth / (bytes a weight) / multiprocessors / clock
 
-The bound is their quotient, at most 1. Stalls, barriers and tails are left out: GemLite's published H100 figures are
-0.65 of the bound of its loop. It ranks formulations and catches a refactoring that loses the fast path.
+The bound is their quotient, at most 1. Stalls, barriers and tails are left out, so it predicts no speed: it ranks
+formulations, and catches a refactoring that loses the fast path.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@
 t is made a slice of rows at a time, as many as a plane of U has columns, so that each plane of U meets its own slice;
 the slices are written out one by one in the text. t is rounded to the type of x, as the op's body does.
 
-V is read once a program. That is little beside U and the outputs where BLOCK_M tokens share it; for a few tokens and a
-large V two products, one after the other, are better (fxcompress.codegen.triton.gemm), and past a rank of MOST so many
-slices do not fit the registers.
+V is read once a program, so SHARE multiplies its traffic: this is for many tokens. Past a rank of MOST the slices are
+refused; two products, one after the other, do it then (fxcompress.codegen.triton.gemm).
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ def low_rank(name: str, v: Loader, u: Loader, epilogue: Epilogue, outputs: Seque
     are constexprs. Raises `SpecError` past a rank of MOST."""
     if u.columns > MOST:
         raise SpecError(f"a rank of {u.columns} does not stay on the chip: at most {MOST}.")
+    if not u.in_order:
+        raise SpecError(f"low rank cannot read U as {type(u).__name__}: its planes meet no neighbouring rows of V x^T.")
     arguments: list[str] = ["x", *(f"y{i}" for i in range(len(outputs)))]
     arguments += [*(V + p for p in v.pointers), *(U + p for p in u.pointers)]
     arguments += [f"p_{o.name}" for o in epilogue.operands]

@@ -75,6 +75,11 @@ class Loader(ABC):
         """An expression, (plane,): the columns that a tile meets."""
         return f"k + {plane * self.plane} + tl.arange(0, {self.plane})"
 
+    @property
+    def in_order(self) -> bool:
+        """True if a tile meets neighbouring columns, plane after plane."""
+        return True
+
     def runs(self) -> list[range]:
         """Planes that share a scale; each run starts with `begin` and ends with `scaled`. None: one scale for all."""
         return []

@@ -68,5 +68,9 @@ class TwoOfFour(Loader):
         first = f"tl.where(({prefix}place & 3) == {plane}, {prefix}first, 0.0)"
         return f"({first} + tl.where(({prefix}place >> 2) == {plane}, {prefix}second, 0.0)).to(FLOAT)"
 
+    @property
+    def in_order(self) -> bool:
+        return False
+
     def column(self, plane: int) -> str:
         return f"k + {plane} + 4 * tl.arange(0, {self.plane})"
