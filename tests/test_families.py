@@ -8,9 +8,10 @@ from benchmarks._rivals import at_equal_sizes
 from benchmarks.models import grokking
 from benchmarks.quality_small import LastPosition
 from fxcompress import Budget
-from fxcompress.api import observe, price, untouched
+from fxcompress.api import observe, plan_only, price, untouched
 from fxcompress.cost_model.select import NEXT_TO_NOTHING
 from fxcompress.passes import REWRITES
+from fxcompress.passes.quantize import LARGE_TABLE
 
 RATIOS = [1.3, 1.6, 2, 2.5, 3, 4, 5, 6, 8, 10, 12]
 
@@ -36,3 +37,18 @@ def test_the_mix_is_never_worse_than_a_family_alone(data):
             assert ours <= allowed, f"{name} alone at {ratio}x"
             compared += 1
     assert compared > 20
+
+
+def test_what_else_is_allowed_does_not_change_what_a_width_is_predicted_to_lose():
+    """Every storage has a probe of its own: one of row tiers once priced the plain bits of the same table."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(LARGE_TABLE, 32), torch.nn.Linear(32, 16))
+    reads = (torch.rand(16, 64) ** 4 * LARGE_TABLE).long()  # few rows are read often
+    plans = [
+        plan_only(model, "4x", calibration=list(reads.split(4)), rewrites=allowed, progress=False)
+        for allowed in (["quantize"], ["quantize", "quantize_rows", "low_rank"])
+    ]
+    alone, among = ({(c.site, c.spec): c.loss for c in plan.candidates} for plan in plans)
+    assert any(spec.startswith("quantize_rows") for _, spec in among)
+    assert len(alone) > 4
+    assert {key: among[key] for key in alone} == alone
