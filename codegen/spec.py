@@ -156,6 +156,11 @@ def op_of(name: str) -> OpOverload:
     return found
 
 
+def given(call: Call) -> dict[str, Argument]:
+    """The arguments of a call that the text writes, by their names in the op's schema."""
+    return {**dict(zip((a.name for a in op_of(call.name)._schema.arguments), call.args)), **dict(call.named)}
+
+
 def is_literal(value: object) -> bool:
     """True for what can be written into a spec as it is: no symbolic size, no device, no NaN (unequal to itself)."""
     if isinstance(value, list | tuple):

@@ -18,8 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxcompress.codegen.spec import Call
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.kernel import Config, Kernel
+from fxcompress.codegen.triton.loaders import loader_of
 from fxcompress.codegen.triton.loaders.base import Loader
 
 PREFIX = "w_"
@@ -127,6 +129,10 @@ def _finish_last(finish: Sequence[str]) -> list[str]:
 
 class Product(Kernel):
     """One weight."""
+
+    @classmethod
+    def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
+        return ((PREFIX, loader_of(product.args[1])),)
 
     @property
     def forms(self) -> dict[str, str]:

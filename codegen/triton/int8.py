@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxcompress.codegen.spec import Call, Constant
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, store
@@ -115,6 +116,12 @@ def {name}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 class Int8Product(Kernel):
     """Two launches; the tokens' integers and scales lie in memory between them."""
+
+    @classmethod
+    def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
+        codes = product.args[1]
+        assert isinstance(codes, Constant)
+        return ((PREFIX, Integers(*codes.shape)),)
 
     @property
     def forms(self) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcompress.codegen.spec import Constant, Spec
+from fxcompress.codegen.spec import Call, Constant, Spec
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.loaders.base import TYPES, Loader
@@ -47,6 +47,11 @@ class Kernel(ABC):
     dtype: torch.dtype
     loaders: tuple[tuple[str, Loader], ...]  # by the prefix of their names, in the order of the constants
     epilogue: Epilogue
+
+    @classmethod
+    @abstractmethod
+    def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
+        """The loaders of the weights of `product`, by the prefix of their names. Raises `SpecError`."""
 
     @property
     @abstractmethod

@@ -15,9 +15,11 @@ import math
 import re
 from collections.abc import Sequence
 
+from fxcompress.codegen.spec import Call
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, scale_all, step, store, walk
 from fxcompress.codegen.triton.kernel import Config, Kernel
+from fxcompress.codegen.triton.loaders import loader_of
 from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.core.errors import SpecError
 
@@ -67,6 +69,10 @@ def {name}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 class LowRankProduct(Kernel):
     """Two weights, the small result between them on the chip; `split` is among how many programs the outputs of a
     block of tokens are shared out."""
+
+    @classmethod
+    def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
+        return ((V, loader_of(product.args[1])), (U, loader_of(product.args[2])))
 
     @property
     def forms(self) -> dict[str, str]:

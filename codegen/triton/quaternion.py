@@ -15,9 +15,11 @@ import math
 from collections.abc import Sequence
 
 from fxcompress.codegen.ops.quaternion_linear import SIGNS
+from fxcompress.codegen.spec import Call
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, store
 from fxcompress.codegen.triton.kernel import Config, Kernel
+from fxcompress.codegen.triton.loaders import loader_of
 from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.core.errors import SpecError
 
@@ -91,6 +93,10 @@ def _step(loader: Loader, c: int, chunk: int) -> list[str]:
 
 class QuaternionProduct(Kernel):
     """A quarter of a weight, used four times; `block_n` counts rows of the components."""
+
+    @classmethod
+    def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
+        return ((PREFIX, loader_of(product.args[1])),)
 
     @property
     def forms(self) -> dict[str, str]:
