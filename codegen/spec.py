@@ -121,6 +121,13 @@ class Spec:
     steps: tuple[Call, ...]
     outputs: tuple[int, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:  # once: every launch looks its kernel up by it
+        return hash((self.steps, self.outputs))
+
     def __str__(self) -> str:
         texts = [_text(call, at) for at, call in enumerate(self.steps)]
         if self.outputs != (len(self.steps) - 1,):
@@ -130,15 +137,12 @@ class Spec:
     @functools.cached_property
     def constants(self) -> tuple[Constant, ...]:
         """The types of `tensors`."""
-        return tuple(a for a in self._leaves() if isinstance(a, Constant))
+        return tuple(a for a in leaves(self.steps) if isinstance(a, Constant))
 
     @functools.cached_property
     def extras(self) -> int:
         """How many `extras` there are."""
-        return max((a.index + 1 for a in self._leaves() if isinstance(a, Extra)), default=0)
-
-    def _leaves(self) -> Iterator[Argument]:
-        return _leaves(self.steps)
+        return max((a.index + 1 for a in leaves(self.steps) if isinstance(a, Extra)), default=0)
 
 
 def name_of(op: OpOverload) -> str:
@@ -285,7 +289,7 @@ def _check(call: Call, text: str) -> None:
         _refuse(text, f"{call.name} takes {', '.join(names)}, each once")
     for inner in call.arguments:
         if isinstance(inner, Call):
-            if any(isinstance(a, Input | Extra | Value) for a in _leaves([inner])):
+            if any(isinstance(a, Input | Extra | Value) for a in leaves([inner])):
                 _refuse(text, f"{inner.name} is called inside {call.name}, so it can take constants only")
             _check(inner, text)
     return None
@@ -295,13 +299,14 @@ def _refuse(text: str, why: str) -> NoReturn:
     raise SpecError(f"{text!r} is no program of a fused node: {why}.")
 
 
-def _leaves(values: Iterable[Argument]) -> Iterator[Argument]:
+def leaves(values: Iterable[Argument]) -> Iterator[Argument]:
+    """What is no call and no list, in the order of the text."""
     for value in values:
         inner = value.arguments if isinstance(value, Call) else value if isinstance(value, tuple) else None
         if inner is None:
             yield value
         else:
-            yield from _leaves(inner)
+            yield from leaves(inner)
 
 
 def _renumbered(call: Call, start: int, numbers: tuple[int, ...]) -> Call:

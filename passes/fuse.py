@@ -75,8 +75,15 @@ def _collapse(head: fx.Node) -> set[fx.Node]:
         members, last = grown
     writer = _Writer(x, members)
     spec = writer.spec()
-    collapse(last, FUSED, (x, writer.tensors, writer.extras, str(spec)), members | writer.folded, [last])
+    args = (x, writer.tensors, writer.extras, str(spec), _owners(writer.tensors))
+    collapse(last, FUSED, args, members | writer.folded, [last])
     return members
+
+
+def _owners(tensors: list[fx.Node]) -> str:
+    """The modules the tensors belong to: how people call the node."""
+    paths = (str(node.target) for node in tensors)
+    return ", ".join(dict.fromkeys(path.rpartition(".")[0] or path for path in paths))
 
 
 def _next_exit(members: set[fx.Node], last: fx.Node, x: fx.Node) -> tuple[set[fx.Node], fx.Node] | None:

@@ -68,7 +68,8 @@ def _merge(run: Sequence[fx.Node]) -> None:
     numbers = [tuple(extras.index(extra) for extra in _extras(node)) for node in run]
     spec = beside([parse(str(node.args[3])) for node in run], numbers)
     tensors = [tensor for node in run for tensor in node.args[1]]  # type: ignore[union-attr]
-    collapse(at, PARALLEL, (run[0].args[0], tensors, extras, str(spec)), run, run)
+    names = ", ".join(str(name) for node in run for name in node.args[4:])
+    collapse(at, PARALLEL, (run[0].args[0], tensors, extras, str(spec), names), run, run)
 
 
 def _first_reader(run: Sequence[fx.Node]) -> fx.Node | None:

@@ -17,6 +17,7 @@ from fxcompress.codegen.ops import (
     tensor_train_linear,
     unmask,
     unmask_2_4,
+    vmap,
 )
 
 OPS = (
@@ -38,3 +39,6 @@ OPS = (
     fused.fused,
     fused.fused_parallel,
 )
+
+for _op in OPS:
+    vmap.register(_op)

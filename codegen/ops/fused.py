@@ -1,11 +1,15 @@
 """One node for a product, the way its weights are kept, and everything pointwise that follows.
 
     x (..., in)    tensors: the constants    extras: other activations    spec: fxcompress.codegen.spec
+    name: of the modules it stands for, for messages
 
     fused                one output                fused_parallel    several: products that share their input
 
 The body calls what the spec says, the same ops in the same order as the graph it was printed from: same bits. Outputs
 are contiguous, so several do not share one buffer: what reads them sees the strides it saw before.
+
+On a GPU it is generated kernels (fxcompress.codegen.triton.launch), Triton being imported at the first call. Without
+Triton the body serves there too.
 
 The backward runs the body again with gradients on: nothing but the inputs is kept, and each op brings its own.
 """
@@ -23,31 +27,61 @@ from fxcompress.core.errors import SpecError
 
 
 @torch.library.custom_op("fxcompress::fused", mutates_args=())
-def fused(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str) -> Tensor:
+def fused(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> Tensor:
     """The meaning of the op, and its implementation wherever no kernel is registered."""
     (output,) = evaluate(parse(spec), x, tensors, extras)
     return output
 
 
 @torch.library.custom_op("fxcompress::fused_parallel", mutates_args=())
-def fused_parallel(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str) -> list[Tensor]:
+def fused_parallel(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> list[Tensor]:
     """The same with the several outputs of `spec`."""
     return evaluate(parse(spec), x, tensors, extras)
 
 
 @fused.register_fake
-def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str) -> Tensor:
+def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> Tensor:
     (output,) = evaluate(parse(spec), x, tensors, extras)
     return output
 
 
 @fused_parallel.register_fake
-def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str) -> list[Tensor]:
+def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> list[Tensor]:
     return evaluate(parse(spec), x, tensors, extras)
+
+
+@fused.register_kernel("cuda")
+def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> Tensor:
+    (output,) = _on_gpu(x, tensors, extras, spec, name)
+    return output
+
+
+@fused_parallel.register_kernel("cuda")
+def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> list[Tensor]:
+    return _on_gpu(x, tensors, extras, spec, name)
+
+
+def _on_gpu(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str) -> list[Tensor]:
+    from fxcompress.codegen.triton.card import card_of
+    from fxcompress.codegen.triton.launch import run
+
+    if any(t.device != x.device for t in (*tensors, *extras)):
+        return evaluate(parse(spec), x, tensors, extras)  # torch says what is wrong with it
+    with torch.cuda.device(x.device):
+        return run(parse(spec), x, tensors, extras, card_of(x.device), name)
 
 
 def evaluate(spec: Spec, x: Tensor, tensors: Sequence[Tensor], extras: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of `spec`, contiguous. Raises `SpecError` where the tensors are not those it names."""
+    check(spec, tensors, extras)
+    constants, made = iter(tensors), list[Tensor]()
+    for call in spec.steps:
+        made.append(_apply(call, x, constants, extras, made))
+    return [made[i].contiguous() for i in spec.outputs]
+
+
+def check(spec: Spec, tensors: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
+    """Raises `SpecError` where the tensors are not those `spec` names."""
     if (len(tensors), len(extras)) != (len(spec.constants), spec.extras):
         raise SpecError(
             f"the program takes {len(spec.constants)} constants and {spec.extras} extras; "
@@ -60,10 +94,6 @@ def evaluate(spec: Spec, x: Tensor, tensors: Sequence[Tensor], extras: Sequence[
                 f"tensors[{index}] is {found.dtype} {list(found.shape)}; the program was made for {wanted.dtype} "
                 f"{list(wanted.shape)}. Convert a model before it is fused."
             )
-    constants, made = iter(tensors), list[Tensor]()
-    for call in spec.steps:
-        made.append(_apply(call, x, constants, extras, made))
-    return [made[i].contiguous() for i in spec.outputs]
 
 
 def _apply(call: Call, x: Tensor, constants: Iterator[Tensor], extras: Sequence[Tensor], made: list[Tensor]) -> Tensor:
@@ -91,14 +121,14 @@ def _apply(call: Call, x: Tensor, constants: Iterator[Tensor], extras: Sequence[
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, tensors, extras, ctx.spec = inputs
+    x, tensors, extras, ctx.spec, _ = inputs
     ctx.constants = len(tensors)
     ctx.save_for_backward(x, *tensors, *extras)
 
 
 def _backward(ctx: Any, dy: Tensor | list[Tensor | None]) -> tuple[Any, ...]:
     tensors = ctx.constants
-    need_x, need_tensors, need_extras, _ = ctx.needs_input_grad
+    need_x, need_tensors, need_extras, *texts = ctx.needs_input_grad
     needed = [need_x, *need_tensors, *need_extras]
     inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed)]
     with torch.enable_grad():
@@ -108,7 +138,8 @@ def _backward(ctx: Any, dy: Tensor | list[Tensor | None]) -> tuple[Any, ...]:
     made = torch.autograd.grad([y for y, _ in pairs], wanted, [d for _, d in pairs], allow_unused=True)
     found = iter(made)
     gradients = [next(found) if need else None for need in needed]
-    return gradients[0], gradients[1 : 1 + tensors], gradients[1 + tensors :], None
+    # a name that was left out is no input
+    return gradients[0], gradients[1 : 1 + tensors], gradients[1 + tensors :], *(None for _ in texts)
 
 
 fused.register_autograd(_backward, setup_context=_setup_context)

@@ -22,7 +22,7 @@ def cache_folder() -> Path:
 
 def load_source(source: str) -> ModuleType:
     """The module of `source`, imported once a process."""
-    digest = hashlib.sha256(source.encode()).hexdigest()[:24]
+    digest = digest_of(source)
     name = f"fxcompress_kernel_{digest}"
     if name in sys.modules:
         return sys.modules[name]
@@ -42,15 +42,29 @@ def load_source(source: str) -> ModuleType:
 
 def write_source(source: str, digest: str) -> Path:
     """`<cache>/<hh>/<hash>.py` with this text, whole or not at all."""
-    folder = cache_folder() / digest[:2]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{digest}.py"
+    path = source_path(digest)
     if not path.is_file() or path.read_text(encoding="utf-8") != source:
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(source)
-            os.replace(partial, path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        write_whole(path, source)
     return path
+
+
+def digest_of(source: str) -> str:
+    """What its file is named by."""
+    return hashlib.sha256(source.encode()).hexdigest()[:24]
+
+
+def source_path(digest: str) -> Path:
+    """Where the text of that hash is, or will be."""
+    return cache_folder() / digest[:2] / f"{digest}.py"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file, whole or not at all, in a folder only the user can read; another process sees the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)

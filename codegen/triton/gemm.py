@@ -19,12 +19,17 @@ import torch
 from torch import Tensor
 
 from fxcompress.codegen.spec import Call
+from fxcompress.codegen.triton.build import load_source
+from fxcompress.codegen.triton.counters import zeroed
 from fxcompress.codegen.triton.epilogue import Epilogue
-from fxcompress.codegen.triton.kernel import Config, Kernel
+from fxcompress.codegen.triton.kernel import Compute, Config, Kernel
 from fxcompress.codegen.triton.loaders import loader_of
 from fxcompress.codegen.triton.loaders.base import Loader
+from fxcompress.codegen.triton.loaders.dense import Dense
+from fxcompress.codegen.triton.unpack import BLOCK_M, BLOCK_N, FINISH, UNPACK, finish, unpack
 
 PREFIX = "w_"
+MOST_TOKENS = 128  # of the fused kernel, where no table says otherwise
 
 
 def gemm(name: str, loader: Loader, epilogue: Epilogue, outputs: Sequence[int], split: bool) -> str:
@@ -138,7 +143,13 @@ class Product(Kernel):
     def forms(self) -> dict[str, str]:
         ((_, loader),) = self.loaders
         names = {False: "fused_linear", True: "fused_linear_split"}
-        return {name: gemm(name, loader, self.epilogue, self.spec.outputs, split) for split, name in names.items()}
+        fused = {name: gemm(name, loader, self.epilogue, self.spec.outputs, split) for split, name in names.items()}
+        stores = store(self.epilogue, self.spec.outputs)
+        return {
+            **fused,
+            UNPACK: unpack(UNPACK, PREFIX, loader),
+            FINISH: finish(FINISH, self.rows, self.epilogue, stores),
+        }
 
     def form(self, config: Config) -> str:
         return "fused_linear_split" if config.split > 1 else "fused_linear"
@@ -155,5 +166,45 @@ class Product(Kernel):
         across, down, _ = self.grid(len(x), config)
         return {
             "partials": x.new_empty(config.split, len(x), self.rows, dtype=torch.float32),
-            "arrived": x.new_zeros(across * down, dtype=torch.int32),
+            "arrived": zeroed(across * down, x.device),
         }
+
+    def rule(self, tokens: int, multiprocessors: int) -> Config | None:
+        """Two programs a multiprocessor, by splitting the columns where there are too few tiles; at most 8 ways, and
+        four steps each."""
+        ((_, loader),) = self.loaders
+        if tokens > (MOST_TOKENS if self.dtype.itemsize == 2 else 16):  # no tensor cores multiply float32 as it is
+            return None
+        block_m = min(next(size for size in (16, 32, 64) if size >= min(tokens, 64)), loader.most_tokens)
+        block_n = min(128, loader.most_rows)
+        warps = 8 if block_m * block_n > 4096 else 4
+        tiles = math.ceil(self.rows / block_n) * math.ceil(tokens / block_m)
+        steps = math.ceil(self.columns / loader.step)
+        split = max(1, min(2 * multiprocessors // tiles, steps // 4, 8))
+        return Config(block_m, block_n, split, warps, 3)
+
+    def apart(
+        self, x: Tensor, prepared: Sequence[Tensor], tensors: Sequence[Tensor], extras: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype], compute: Compute,
+    ) -> list[Tensor]:  # fmt: skip
+        """The weight unpacked once, a library's product, the epilogue behind it."""
+        rows = x.reshape(-1, self.columns)
+        z = (rows @ self._unpacked(prepared, x).T).contiguous()
+        outputs = self.empty(x, dtypes)
+        if len(rows):
+            grid = math.ceil(self.rows / BLOCK_N), math.ceil(len(rows) / BLOCK_M)
+            finishing = getattr(load_source(self.source), FINISH)
+            finishing[grid](
+                z, *outputs, *self.operands(prepared, extras), len(rows), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4
+            )
+        return outputs
+
+    def _unpacked(self, prepared: Sequence[Tensor], x: Tensor) -> Tensor:
+        ((_, loader),) = self.loaders
+        if isinstance(loader, Dense):
+            return prepared[0].to(x.dtype)
+        weight = x.new_empty(self.rows, self.columns)
+        grid = math.ceil(self.rows / BLOCK_N), math.ceil(self.columns / loader.step)
+        unpacking = getattr(load_source(self.source), UNPACK)
+        unpacking[grid](*prepared[: len(loader.pointers)], weight, BLOCK_N=BLOCK_N, num_warps=4)
+        return weight

@@ -48,6 +48,10 @@ class Integers(Loader):
     """int8 codes (rows, columns), a scale a row, and what x is divided by."""
 
     @property
+    def label(self) -> str:
+        return "int8 x int8"
+
+    @property
     def plane(self) -> int:
         return 64
 
@@ -138,6 +142,9 @@ class Int8Product(Kernel):
 
     def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
         return math.ceil(self.rows / config.block_n), math.ceil(tokens / config.block_m)
+
+    def rule(self, tokens: int, multiprocessors: int) -> Config | None:
+        return Config(16, 128, 1, 4, 4) if tokens <= 64 else Config(128, 128, 1, 8, 3)
 
     def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
         return {"q": x.new_empty(x.shape, dtype=torch.int8), "step": x.new_empty(len(x), dtype=torch.float32)}

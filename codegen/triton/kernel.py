@@ -1,22 +1,27 @@
 """A generated kernel: its texts, what it reads, and how it is launched.
 
-    prepared = kernel.prepare(tensors)                 # once, where the graph is lowered
+    prepared = kernel.prepare(tensors)                 # once a weight
     (y,) = kernel(x, prepared, extras, Config())
 
 Sizes of weights are literals in the source; only the number of tokens M is an argument.
+
+A config fits the fused kernel; where there is none (`rule`, or a table says so), `apart` does the same by other means:
+library products, with the epilogue as a kernel behind them.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxcompress.codegen.ops.fused import evaluate
 from fxcompress.codegen.spec import Call, Constant, Spec
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue
@@ -37,6 +42,8 @@ class Config:
 
 
 DEFAULT = Config()
+# spec, x, its constants, extras, dtypes of the outputs -> outputs
+Compute = Callable[[Spec, Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[torch.dtype]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,17 @@ class Kernel(ABC):
     def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
         """Programs of a launch."""
 
+    @abstractmethod
+    def rule(self, tokens: int, multiprocessors: int) -> Config | None:
+        """The config where no table has one; None where `apart` is the better guess."""
+
+    def apart(
+        self, x: Tensor, prepared: Sequence[Tensor], tensors: Sequence[Tensor], extras: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype], compute: Compute,
+    ) -> list[Tensor]:  # fmt: skip
+        """The same without the fused kernel; `compute` runs another program by its own best means."""
+        return evaluate(self.spec, x, tensors, extras)
+
     def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
         """What it needs besides its arguments."""
         return {}
@@ -87,11 +105,35 @@ class Kernel(ABC):
         """K: features of x."""
         return self.loaders[0][1].columns
 
+    @property
+    def flops(self) -> int:
+        """Of the product, a token."""
+        return 2 * sum(loader.rows * loader.columns for _, loader in self.loaders)
+
+    @property
+    def label(self) -> str:
+        """What it is, sizes apart: tables of launch configs go by it."""
+        kept = ", ".join(loader.label for _, loader in self.loaders)
+        return f"{self.spec.steps[0].name}[{kept}] {str(self.dtype).removeprefix('torch.')}"
+
     @functools.cached_property
     def source(self) -> str:
-        """All forms, behind a header that says what they compute."""
-        header = f'"""{self.spec}\n\nx is {TYPES[self.dtype]}.\n"""\n\n{_IMPORTS}'
-        return "\n\n".join([header, *self.forms.values()])
+        """All forms, behind a header that says what they compute, and what it costs."""
+        return "\n\n".join([f'"""{self._header()}"""\n\n{_IMPORTS}', *self.forms.values()])
+
+    def _header(self) -> str:
+        dtype, dense = str(self.dtype).removeprefix("torch."), self.rows * self.columns
+        stored = sum(math.prod(c.shape) * c.dtype.itemsize for c in self.spec.constants)
+        return f"""{self.spec}
+
+    x (M, {self.columns}) {dtype}  ->  y (M, {self.rows})
+
+             flops                 bytes of constants
+    here     {f"M {self.flops:,}":<20}  {stored:,}
+    dense    {f"M {2 * dense:,}":<20}  {dense * self.dtype.itemsize:,}
+
+What it means: torch.ops.fxcompress.fused(x, tensors, extras, spec), the spec being the first line.
+"""
 
     def function(self, config: Config) -> Any:
         """The @triton.jit function."""
@@ -117,24 +159,37 @@ class Kernel(ABC):
             rest = rest[loader.constants :]
         return (*made, *(t.contiguous() for t in rest))
 
-    def __call__(
-        self, x: Tensor, prepared: Sequence[Tensor], extras: Sequence[Tensor], config: Config = DEFAULT
-    ) -> list[Tensor]:
-        """x (..., K) of the kernel's dtype -> its outputs (..., N)."""
-        rows = x.reshape(-1, self.columns).contiguous()
-        outputs = [x.new_empty(*x.shape[:-1], self.rows) for _ in self.spec.outputs]
-        if len(rows) == 0:
-            return outputs
+    def empty(self, x: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """The outputs, yet to be written."""
+        return [x.new_empty(*x.shape[:-1], self.rows, dtype=dtype) for dtype in dtypes]
+
+    def operands(self, prepared: Sequence[Tensor], extras: Sequence[Tensor]) -> list[Tensor]:
+        """What the epilogue reads, in its order."""
         own = sum(len(loader.pointers) for _, loader in self.loaders)
         constants = iter(prepared[own:])
-        operands = [
+        return [
             next(constants) if isinstance(o.source, Constant) else extras[o.number].contiguous()
             for o in self.epilogue.operands
         ]
+
+    def __call__(
+        self,
+        x: Tensor,
+        prepared: Sequence[Tensor],
+        extras: Sequence[Tensor],
+        config: Config = DEFAULT,
+        dtypes: Sequence[torch.dtype] | None = None,
+    ) -> list[Tensor]:
+        """x (..., K) of the kernel's dtype -> its outputs (..., N), of `dtypes` (that of x)."""
+        rows = x.reshape(-1, self.columns).contiguous()
+        outputs = self.empty(x, dtypes or [x.dtype] * len(self.spec.outputs))
+        if len(rows) == 0:
+            return outputs
+        own = sum(len(loader.pointers) for _, loader in self.loaders)
         workspace = self.workspace(rows, config)
         self.before(rows, prepared, workspace)
         self.function(config)[self.grid(len(rows), config)](
-            rows, *outputs, *prepared[:own], *operands, *workspace.values(), len(rows),
+            rows, *outputs, *prepared[:own], *self.operands(prepared, extras), *workspace.values(), len(rows),
             **self.constants(config), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         return outputs

@@ -5,8 +5,9 @@
 t is made a slice of rows at a time, as many as a plane of U has columns, so that each plane of U meets its own slice;
 the slices are written out one by one in the text. t is rounded to the type of x, as the op's body does.
 
-V is read once a program, so SHARE multiplies its traffic: this is for many tokens. Past a rank of MOST the slices are
-refused; two products, one after the other, do it then (fxcompress.codegen.triton.gemm).
+V is read once a program, so SHARE multiplies its traffic: this is for many tokens. For few, past a rank of MOST (what
+the chip holds), and where the planes of U meet no neighbouring rows of V x^T (2:4), two products one after the other do
+it (fxcompress.codegen.triton.gemm).
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import math
 import re
 from collections.abc import Sequence
 
-from fxcompress.codegen.spec import Call
+import torch
+from torch import Tensor
+
+from fxcompress.codegen.spec import Call, Input, Spec
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, scale_all, step, store, walk
-from fxcompress.codegen.triton.kernel import Config, Kernel
+from fxcompress.codegen.triton.kernel import Compute, Config, Kernel
 from fxcompress.codegen.triton.loaders import loader_of
 from fxcompress.codegen.triton.loaders.base import Loader
-from fxcompress.core.errors import SpecError
 
 V, U = "v_", "u_"
 MOST = 256
@@ -30,11 +33,7 @@ _OWN = re.compile(r"\b(acc|total|part|x_tile|column|rn|n_in|k)\b")
 
 def low_rank(name: str, v: Loader, u: Loader, epilogue: Epilogue, outputs: Sequence[int]) -> str:
     """The text of the kernel. Arguments: x, one y an output, V's, U's, the epilogue's, M; BLOCK_M, BLOCK_N and SHARE
-    are constexprs. Raises `SpecError` past a rank of MOST."""
-    if u.columns > MOST:
-        raise SpecError(f"a rank of {u.columns} does not stay on the chip: at most {MOST}.")
-    if not u.in_order:
-        raise SpecError(f"low rank cannot read U as {type(u).__name__}: its planes meet no neighbouring rows of V x^T.")
+    are constexprs."""
     arguments: list[str] = ["x", *(f"y{i}" for i in range(len(outputs)))]
     arguments += [*(V + p for p in v.pointers), *(U + p for p in u.pointers)]
     arguments += [f"p_{o.name}" for o in epilogue.operands]
@@ -77,10 +76,30 @@ class LowRankProduct(Kernel):
     @property
     def forms(self) -> dict[str, str]:
         (_, v), (_, u) = self.loaders
+        if u.columns > MOST or not u.in_order:
+            return {}
         return {"fused_low_rank": low_rank("fused_low_rank", v, u, self.epilogue, self.spec.outputs)}
 
     def form(self, config: Config) -> str:
         return "fused_low_rank"
+
+    def rule(self, tokens: int, multiprocessors: int) -> Config | None:
+        """On the chip where blocks of tokens alone fill the card, so that V is read and used once for each."""
+        enough = math.ceil(tokens / 64) >= multiprocessors and self.loaders[0][1].rows <= 128
+        return Config(64, 128, 1, 8, 2) if enough and self.dtype.itemsize == 2 else None
+
+    def apart(
+        self, x: Tensor, prepared: Sequence[Tensor], tensors: Sequence[Tensor], extras: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype], compute: Compute,
+    ) -> list[Tensor]:  # fmt: skip
+        """V x^T to memory, then U; each as one product, by its own best means."""
+        product, *steps = self.spec.steps
+        v, u, *bias = product.args[1:]
+        taken = self.loaders[0][1].constants
+        first = Spec((Call("linear", (Input(), v)),), (0,))
+        second = Spec((Call("linear", (Input(), u, *bias)), *steps), self.spec.outputs)
+        (t,) = compute(first, x, tensors[:taken], [], [x.dtype])
+        return compute(second, t, tensors[taken:], extras, dtypes)
 
     def constants(self, config: Config) -> dict[str, int]:
         return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SHARE": config.split}

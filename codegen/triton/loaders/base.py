@@ -36,6 +36,11 @@ class Loader(ABC):
 
     @property
     @abstractmethod
+    def label(self) -> str:
+        """How it is kept, in a word or two: tables of launch configs go by it."""
+
+    @property
+    @abstractmethod
     def plane(self) -> int:
         """Columns of a tile."""
 
@@ -79,6 +84,16 @@ class Loader(ABC):
     def in_order(self) -> bool:
         """True if a tile meets neighbouring columns, plane after plane."""
         return True
+
+    @property
+    def most_rows(self) -> int:
+        """BLOCK_N beyond which registers spill on some card."""
+        return 128
+
+    @property
+    def most_tokens(self) -> int:
+        """BLOCK_M beyond which they do."""
+        return 64
 
     def runs(self) -> list[range]:
         """Planes that share a scale; each run starts with `begin` and ends with `scaled`. None: one scale for all."""

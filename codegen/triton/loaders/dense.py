@@ -18,6 +18,10 @@ class Dense(Loader):
     dtype: torch.dtype
 
     @property
+    def label(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def plane(self) -> int:
         return 64
 

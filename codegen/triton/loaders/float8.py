@@ -18,6 +18,10 @@ class Float8(WordLoader):
     width: int = 16
 
     @property
+    def label(self) -> str:
+        return "float8"
+
+    @property
     def words(self) -> Words:
         return Words(8, self.width)
 

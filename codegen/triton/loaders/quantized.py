@@ -36,6 +36,10 @@ class Quantized(WordLoader):
             raise SpecError(f"groups of {self.group} columns cannot be read in planes of {self.plane}.")
 
     @property
+    def label(self) -> str:
+        return f"int{self.bits}" + (f" g{self.group}" if self.group else "") + ("" if self.zeros else " symmetric")
+
+    @property
     def words(self) -> Words:
         return Words(self.bits, self.width)
 
@@ -60,6 +64,10 @@ class Quantized(WordLoader):
     def tile(self, prefix: str, plane: int) -> str:
         codes = f"parts.word_plane({prefix}word, {plane}, {self.bits}, FLOAT)"
         return codes if self.needs_total else f"({codes} + {prefix}shift.to(FLOAT)[:, None])"
+
+    @property
+    def most_tokens(self) -> int:
+        return 32 if self.bits == 2 else 64
 
     def runs(self) -> list[range]:
         if not self.group:

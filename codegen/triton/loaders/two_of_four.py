@@ -25,6 +25,10 @@ class TwoOfFour(Loader):
     dtype: torch.dtype
 
     @property
+    def label(self) -> str:
+        return "2:4"
+
+    @property
     def plane(self) -> int:
         return 32
 
@@ -71,6 +75,10 @@ class TwoOfFour(Loader):
     @property
     def in_order(self) -> bool:
         return False
+
+    @property
+    def most_rows(self) -> int:
+        return 64
 
     def column(self, plane: int) -> str:
         return f"k + {plane} + 4 * tl.arange(0, {self.plane})"
