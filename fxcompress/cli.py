@@ -75,6 +75,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     compiled = load(options.folder)
+    if options.kernels:
+        _print(options, [kernel.to_json() for kernel in compiled.kernels], str(compiled.kernels))
+        return
     plan, report = compiled.meta["plan"], compiled.meta["report"]
     if options.explain:
         _print(
@@ -153,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
     inspect.add_argument("folder", metavar="DIR", help="folder written by `fxcompress compress` or fxcompress.save")
     inspect.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
+    inspect.add_argument("--kernels", action="store_true", help="print the GPU kernels it runs, and where they are")
     return parser
 
 
