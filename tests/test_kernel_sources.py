@@ -24,6 +24,8 @@ SPECS = {
     "quaternion": "quaternion_linear(x, bfloat16[24, 128], bfloat16[96])",
     "block_low_rank": f"block_low_rank_linear(x, {V4}, bfloat16[96, 24], blocks=2, bias=bfloat16[96]) | relu(_)",
     "monarch": "monarch_linear(x, bfloat16[24, 128], bfloat16[96, 24], blocks=4)",
+    "tensor_train": "tensor_train_linear(x, [bfloat16[4, 20], bfloat16[20, 20], bfloat16[15, 12]], n=[4, 4, 3], "
+    "m=[4, 4, 12], rows=190, bias=bfloat16[190])",
     "int8": "int8_dynamic_linear(x, int8[96, 128], float32[96], float32[128])",
 }
 

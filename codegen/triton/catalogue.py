@@ -53,6 +53,8 @@ def _linear(weight: str) -> str:
 
 _FLOAT8 = f"dequantize_float8(uint8[{SIZE}, {SIZE}], float32[{SIZE}, 1], dtype=bfloat16)"
 _TWO_OF_FOUR = f"unmask_2_4(uint8[{SIZE}, {packed_bytes(SIZE // 4, 3)}], bfloat16[{SIZE}, {SIZE // 2}])"
+_CORES = ", ".join(["bfloat16[4, 64]", *["bfloat16[64, 64]"] * 4, "bfloat16[64, 4]"])  # rank 16
+_DIGITS = [4] * 6
 _U = f"bfloat16[{SIZE}, {RANK}]"
 ENTRIES = (
     Entry("dense", _linear(f"bfloat16[{SIZE}, {SIZE}]"), 16, 64, (DECODE, SPLIT, PREFILL)),
@@ -74,6 +76,8 @@ ENTRIES = (
           (NARROW, PREFILL)),
     Entry("Monarch int4", f"monarch_linear(x, {dequantize(4, 64, 1024)}, {dequantize(4, 64, SIZE, 1024)}, blocks=4)",
           4.25, 128, (NARROW, PREFILL)),
+    Entry("tensor train", f"tensor_train_linear(x, [{_CORES}], n={_DIGITS}, m={_DIGITS}, rows={SIZE})", 16, 64,
+          (NARROW, Config(64, 64, 1, 4, 3))),
 )  # fmt: skip
 
 

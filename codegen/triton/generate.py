@@ -19,6 +19,7 @@ from fxcompress.codegen.triton.int8 import Int8Product
 from fxcompress.codegen.triton.kernel import Kernel
 from fxcompress.codegen.triton.low_rank import LowRankProduct
 from fxcompress.codegen.triton.quaternion import QuaternionProduct
+from fxcompress.codegen.triton.tensor_train import TensorTrainProduct
 from fxcompress.core.errors import SpecError
 
 MAIN_LOOPS: tuple[tuple[str, type[Kernel]], ...] = (
@@ -28,6 +29,7 @@ MAIN_LOOPS: tuple[tuple[str, type[Kernel]], ...] = (
     ("int8_dynamic_linear", Int8Product),
     ("block_low_rank_linear", BlockLowRankProduct),
     ("monarch_linear", MonarchProduct),
+    ("tensor_train_linear", TensorTrainProduct),
 )
 
 

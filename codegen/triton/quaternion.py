@@ -28,7 +28,7 @@ CHUNKS = range(4)
 
 def quaternion(name: str, loader: Loader, epilogue: Epilogue, outputs: Sequence[int]) -> str:
     """The text of the kernel. Arguments: x, one y an output, the loader's, the epilogue's, M; BLOCK_M and BLOCK_N are
-    constexprs, and BLOCK_N counts rows of Q. Raises `SpecError` where a component is no whole number of steps."""
+    constexprs, and BLOCK_N counts rows of Q. Raises `SpecError` where no component can be walked from its beginning."""
     chunk = loader.columns // 4
     loader = loader.in_chunks(chunk)
     arguments = ["x", *(f"y{i}" for i in range(len(outputs))), *(PREFIX + p for p in loader.pointers)]

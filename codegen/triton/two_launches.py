@@ -12,8 +12,8 @@ tokens and rn features; the first may take `width` results that a token has besi
 
 One kernel that keeps z on the chip would save a launch, about 2 us, but whatever tiles of outputs share a z would each
 make it again, from a weight read again, or be made by one program: with few tokens that is too few programs to reach
-the memory's speed, or too much to read. Both stages here read their weight once a tile of tokens, by as many programs
-as there are tiles and copies, and any rank will do.
+the memory's speed, or too much to read. Here a tile of tokens meets each weight of a copy once, there are as many
+programs as tiles and copies, and any rank will do.
 """
 
 from __future__ import annotations
