@@ -16,6 +16,8 @@ V is walked by chunks of in/blocks columns, which must be whole steps where it i
 
 from __future__ import annotations
 
+import functools
+
 from fxcompress.codegen.spec import Call, given
 from fxcompress.codegen.triton.gemm import Span
 from fxcompress.codegen.triton.loaders import loader_of
@@ -37,7 +39,7 @@ class BlockLowRankProduct(TwoLaunches):
         """The row of U, and the feature of y, of result `own` of block `copy`."""
         return f"copy * {self.rows // blocks} + own"
 
-    @property
+    @functools.cached_property
     def stages(self) -> tuple[Stage, Stage]:
         (_, v), (_, u) = self.loaders
         blocks = _blocks(self.spec.steps[0])
@@ -55,7 +57,7 @@ class BlockLowRankProduct(TwoLaunches):
             ),
         )  # fmt: skip
 
-    @property
+    @functools.cached_property
     def between(self) -> int:
         return self.loaders[0][1].rows * _blocks(self.spec.steps[0])
 

@@ -24,6 +24,7 @@ The factors are made in float32, whatever the cores are kept in, and rounded onc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class TensorTrainProduct(TwoLaunches):
         factors = [(prefix, loader) for prefix, loader in self.loaders if isinstance(loader, Factor)]
         return sorted(factors, key=lambda pair: not pair[1].first)
 
-    @property
+    @functools.cached_property
     def stages(self) -> tuple[Stage, Stage]:
         (prefix, first), (behind, second) = self.ordered
         n_b, m_b = dict(self.ordered)[B].digits
@@ -119,17 +120,17 @@ class TensorTrainProduct(TwoLaunches):
             Stage("fused_train_outer", behind, second, m_1, m_2, Span(second.columns, x=run), "own", feature),
         )
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         rows = given(self.spec.steps[0])["rows"]
         assert isinstance(rows, int)
         return rows
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         return math.prod(loader.digits[0] for _, loader in self.ordered)
 
-    @property
+    @functools.cached_property
     def between(self) -> int:
         (_, first), (_, second) = self.ordered
         return first.rows * second.digits[0]
