@@ -100,9 +100,10 @@ def _kernels(options: argparse.Namespace) -> None:
         raise KernelError(f"--arch {options.arch}: kernels can be compiled for {known} (90 is sm_90, an H100 or H200).")
     rows = list(catalogue.compile_all(options.arch))
     data = [
-        {"kernel": row.entry.name, "config": asdict(row.config), "registers": row.report.registers,
-         "spill_bytes": row.report.spill_bytes, "shared_bytes": row.report.shared_bytes,
-         "instructions": dict(row.report.instructions), "bound": row.mix.bound(row.entry.bits), "faults": row.faults}
+        {"kernel": row.entry.name, "function": row.launch.form, "config": asdict(row.config),
+         "registers": row.report.registers, "spill_bytes": row.report.spill_bytes,
+         "shared_bytes": row.report.shared_bytes, "instructions": dict(row.report.instructions),
+         "bound": row.mix.bound(row.entry.bits), "faults": row.faults}
         for row in rows
     ]  # fmt: skip
     _print(options, {"arch": options.arch, "kernels": data}, catalogue.table(rows))

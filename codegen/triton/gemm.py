@@ -54,6 +54,7 @@ def gemm(
     """The text of the kernel. Arguments: x, one y an output, the prologue's, the loader's, the epilogue's, the
     workspace where it splits, M; BLOCK_M, BLOCK_N and SPLIT are constexprs."""
     finish = [*prologue.finish, *epilogue.lines, *store(epilogue, outputs)]
+    span = Span(loader.columns, f"ps * {loader.step}", programs="SPLIT")
     arguments = ["x", *(f"y{i}" for i in range(len(outputs))), *prologue.arguments]
     arguments += [*(PREFIX + p for p in loader.pointers), *(f"p_{o.name}" for o in epilogue.operands)]
     arguments += ["partials", *(f"partial_{s}" for s in prologue.sums), "arrived"] if split else []
@@ -67,21 +68,30 @@ def {name}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     rm = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n_in, m_in = rn < N, rm < M
     inside = n_in[:, None] & m_in[None, :]
-{indent([*prologue.start, *walk(loader, PREFIX, "BLOCK_N", "ps", "SPLIT", prologue.tile)], 4)}
+{indent([*prologue.start, *walk(loader, PREFIX, "BLOCK_N", span, prologue.tile)], 4)}
 {indent(_finish_last(finish, prologue.sums) if split else finish, 4)}
 """
 
 
-def walk(
-    loader: Loader, prefix: str, rows: str, first: str = "0", programs: str = "1", tile: Sequence[str] = ()
-) -> list[str]:
-    """acc (rows, BLOCK_M) = W x^T by a loop over the columns of W, those steps that are this program's; `tile` is what
-    is done to each x_tile."""
-    every = f"{loader.step} * {programs}" if programs != "1" else str(loader.step)
+@dataclass(frozen=True)
+class Span:
+    """The columns of a weight that a loop walks, and where the activations that meet them lie."""
+
+    columns: int
+    first: str = "0"
+    last: str = "K"
+    programs: str = "1"  # that share them, a step each in turn
+    x: str = "x + rm.to(tl.int64)[None, :] * K + column[:, None]"  # of token rm and `column`
+
+
+def walk(loader: Loader, prefix: str, rows: str, span: Span, tile: Sequence[str] = ()) -> list[str]:
+    """acc (rows, BLOCK_M) = W x^T by a loop over the columns of `span`, those steps that are this program's; `tile` is
+    done to each x_tile."""
+    every = f"{loader.step} * {span.programs}" if span.programs != "1" else str(loader.step)
     lines = [f"acc = tl.zeros(({rows}, BLOCK_M), tl.float32)", *loader.once(prefix)]
     lines += ["total = tl.zeros((BLOCK_M,), tl.float32)"] if _sums_all(loader) else []
-    lines.append(f"for k in range({first} * {loader.step}, K, {every}):")
-    body = step(loader, prefix, [[*_activations(loader, plane), *tile] for plane in range(loader.planes)])
+    lines.append(f"for k in range({span.first}, {span.last}, {every}):")
+    body = step(loader, prefix, [[*_activations(loader, plane, span), *tile] for plane in range(loader.planes)])
     return [*lines, *(f"    {line}" for line in body), *scale_all(loader, prefix)]
 
 
@@ -126,12 +136,10 @@ def indent(lines: Sequence[str], by: int) -> str:
     return textwrap.indent("\n".join(lines), " " * by)
 
 
-def _activations(loader: Loader, plane: int) -> list[str]:
-    inside = "m_in[None, :]" if loader.columns % loader.step == 0 else "m_in[None, :] & (column < K)[:, None]"
-    return [
-        f"column = {loader.column(plane)}",
-        f"x_tile = tl.load(x + rm.to(tl.int64)[None, :] * K + column[:, None], mask={inside}, other=0.0)",
-    ]
+def _activations(loader: Loader, plane: int, span: Span) -> list[str]:
+    whole = span.columns % loader.step == 0
+    inside = "m_in[None, :]" if whole else f"m_in[None, :] & (column < {span.last})[:, None]"
+    return [f"column = {loader.column(plane)}", f"x_tile = tl.load({span.x}, mask={inside}, other=0.0)"]
 
 
 def _sums_all(loader: Loader) -> bool:
