@@ -236,7 +236,7 @@ def test_a_split_leaves_its_counters_at_zero_and_gives_the_same_bits(monkeypatch
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("linear(x, float32[8, 8]) | softplus(_)", "there is no epilogue for softplus"),
+        ("linear(x, float32[8, 8]) | to(_, dtype=float64)", "there is no epilogue for to"),
         ("linear(rows, unmask(uint8[8, 1], float32[8, 4], columns=8, tile=1))", "there is no loader for unmask"),
         ("monarch_linear(x, float32[2, 2, 4], float32[2, 4, 2])", "there is no main loop for monarch_linear"),
         ("low_rank_linear(x, float32[300, 512], float32[512, 300])", "a rank of 300 does not stay on the chip"),

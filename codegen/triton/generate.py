@@ -39,7 +39,7 @@ def generate(spec: Spec, dtype: torch.dtype, kinds: tuple[Kind, ...] = ()) -> Ke
         raise SpecError(f"there is no main loop for {product.name}.")
     loaders, bias = kind.read(product), given(product).get("bias")
     taken = sum(loader.constants for _, loader in loaders)
-    epilogue = print_epilogue(spec.steps[1:], taken, kinds, bias if isinstance(bias, Constant) else None)
+    epilogue = print_epilogue(spec.steps[1:], taken, kinds, bias if isinstance(bias, Constant) else None, dtype)
     kernel = kind(spec, dtype, loaders, epilogue)
     assert kernel.forms  # what cannot be emitted raises here, not at the first launch
     return kernel

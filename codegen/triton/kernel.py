@@ -87,6 +87,11 @@ class Kernel(ABC):
         """K: features of x."""
         return self.loaders[0][1].columns
 
+    @property
+    def results(self) -> list[torch.dtype]:
+        """Of the outputs."""
+        return [self.epilogue.types[i] for i in self.spec.outputs]
+
     @functools.cached_property
     def source(self) -> str:
         """All forms, behind a header that says what they compute."""
@@ -100,7 +105,7 @@ class Kernel(ABC):
     def signature(self, config: Config) -> dict[str, str]:
         """Triton's types of the arguments that are no constexprs, in order."""
         x = "*" + TYPES[self.dtype]
-        types = {"x": x, **{f"y{i}": x for i in range(len(self.spec.outputs))}}
+        types = {"x": x, **{f"y{i}": "*" + TYPES[t] for i, t in enumerate(self.results)}}
         types |= {prefix + name: "*" + kind for prefix, of in self.loaders for name, kind in of.pointers.items()}
         for operand in self.epilogue.operands:
             read = operand.source.dtype if isinstance(operand.source, Constant) else self.dtype
@@ -122,7 +127,7 @@ class Kernel(ABC):
     ) -> list[Tensor]:
         """x (..., K) of the kernel's dtype -> its outputs (..., N)."""
         rows = x.reshape(-1, self.columns).contiguous()
-        outputs = [x.new_empty(*x.shape[:-1], self.rows) for _ in self.spec.outputs]
+        outputs = [x.new_empty(*x.shape[:-1], self.rows, dtype=dtype) for dtype in self.results]
         if len(rows) == 0:
             return outputs
         own = sum(len(loader.pointers) for _, loader in self.loaders)

@@ -74,6 +74,51 @@ def nearest(v):
 
 
 @triton.jit
+def maximum(a, b):
+    """NaN where either is, as torch has it: a mistake stays loud."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    """NaN where either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def clamp(v, low, high):
+    """`high` where low > high."""
+    return minimum(maximum(v, low), high)
+
+
+@triton.jit
+def power(v, N: tl.constexpr):
+    """v^N, N a whole number from 1 on, by at most 2 log2(N) products."""
+    if N == 1:
+        return v
+    elif N % 2 == 1:
+        return v * power(v, N - 1)
+    else:
+        half = power(v, N // 2)
+        return half * half
+
+
+@triton.jit
+def expm1(v):
+    """e^v - 1 to float32's precision: seven terms near 0, where the difference would cancel (rest < 0.35^7 / 8!)."""
+    series = 1.0 / 720.0 + v * (1.0 / 5040.0)
+    series = 1.0 / 6.0 + v * (1.0 / 24.0 + v * (1.0 / 120.0 + v * series))
+    return tl.where(tl.abs(v) < 0.35, v * (1.0 + v * (0.5 + v * series)), tl.exp(v) - 1.0)
+
+
+@triton.jit
+def log1p(v):
+    """log(1 + v) to float32's precision, v >= 0: what rounding 1 + v lost is put back by a quotient."""
+    u = 1.0 + v
+    return tl.where(u == 1.0, v, tl.log(u) * (v / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
 def tanh(v):
     return 2.0 * tl.sigmoid(2.0 * v) - 1.0
 
@@ -94,6 +139,21 @@ def silu(v):
 
 
 @triton.jit
-def softplus(v):
-    """log(1 + e^v), by the larger of 0 and v so that nothing overflows."""
-    return tl.maximum(v, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(v)))
+def softplus(v, beta, threshold):
+    """log(1 + e^(beta v)) / beta, by the larger of 0 and v so that nothing overflows; v itself past the threshold."""
+    scaled = beta * v
+    smooth = maximum(scaled, 0.0) + log1p(tl.exp(-tl.abs(scaled)))
+    return tl.where(scaled > threshold, v, smooth / beta)
+
+
+@triton.jit
+def mish(v):
+    """v tanh(softplus(v)); with e = e^v the tanh is n / (n + 2), n = e (e + 2), and 1 in float32 from v = 20 on."""
+    e = tl.exp(tl.minimum(v, 20.0))
+    n = e * (e + 2.0)
+    return v * (n / (n + 2.0))
+
+
+@triton.jit
+def elu(v, alpha, scale, input_scale):
+    return scale * tl.where(v > 0.0, v, alpha * expm1(input_scale * v))
