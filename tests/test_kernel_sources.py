@@ -14,8 +14,11 @@ Q4 = (
     "dequantize(uint8[96, 64], uint8[96, 2], uint8[96, 1], float32[2], bits=4, group_size=64, columns=128, "
     "dtype=bfloat16)"
 )
+MASK = "repeat_interleave(uint8[6, 1], repeats=16, dim=0)"
 SPECS = {
     "quantized": f"linear(x, {Q4}, bfloat16[96]) | gelu(_) | add(_, extra[0])",
+    "masked": "linear(x, unmask(uint8[96, 16], bfloat16[96, 40], columns=128, tile=1), bfloat16[96])",
+    "tiles": f"linear(x, unmask({MASK}, bfloat16[96, 48], columns=128, tile=16), bfloat16[96])",
     "low_rank": "low_rank_linear(x, bfloat16[40, 128], bfloat16[96, 40]) | silu(_)",
     "quaternion": "quaternion_linear(x, bfloat16[24, 128], bfloat16[96])",
     "int8": "int8_dynamic_linear(x, int8[96, 128], float32[96], float32[128])",

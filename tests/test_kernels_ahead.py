@@ -28,7 +28,8 @@ def rows(tmp_path_factory):
 def test_on_sm_90_nothing_is_at_fault_and_every_product_is_on_its_tensor_cores(rows):
     assert len(rows) == sum(len(entry.configs) for entry in ENTRIES)
     assert [(row.entry.name, row.config, row.faults) for row in rows if row.faults] == []
-    assert all(row.report.instructions["wgmma"] for row in rows)
+    # Rows of 16 are too few for wgmma, which takes 64.
+    assert all(row.report.instructions["mma" if "tiles" in row.entry.name else "wgmma"] for row in rows)
 
 
 def test_weights_arrive_by_asynchronous_copies(rows):
@@ -43,6 +44,8 @@ def test_unpacking_stays_on_the_fast_path(rows):
     assert integer["int4 g64", catalogue.PREFILL] <= 2.5
     assert integer["float8", catalogue.DECODE] <= 2.0
     assert integer["dense", catalogue.DECODE] <= 0.5
+    assert integer["mask", catalogue.DECODE] <= 8
+    assert integer["tiles of 16", catalogue.TILES] <= 1
 
 
 def test_the_table_has_a_line_for_each(rows):

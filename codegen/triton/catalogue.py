@@ -25,6 +25,7 @@ from fxcompress.codegen.triton.kernel import Config
 SIZE, RANK = 4096, 128
 DECODE, SPLIT, PREFILL = Config(16, 128, 1, 4, 4), Config(16, 128, 4, 4, 4), Config(64, 128, 1, 8, 3)
 NARROW = Config(16, 64, 1, 4, 3)  # where a program holds several accumulators, or two copies of a tile
+TILES = Config(16, 16, 8, 1, 4)
 TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 
 
@@ -52,6 +53,14 @@ def _linear(weight: str) -> str:
 
 _FLOAT8 = f"dequantize_float8(uint8[{SIZE}, {SIZE}], float32[{SIZE}, 1], dtype=bfloat16)"
 _TWO_OF_FOUR = f"unmask_2_4(uint8[{SIZE}, {packed_bytes(SIZE // 4, 3)}], bfloat16[{SIZE}, {SIZE // 2}])"
+_MASK = f"uint8[{SIZE}, {SIZE // 8}], bfloat16[{SIZE}, {SIZE // 2}]"
+
+
+def _tiles(values: str) -> str:
+    mask = f"repeat_interleave(uint8[{SIZE // 16}, {SIZE // 128}], repeats=16, dim=0)"
+    return _linear(f"unmask({mask}, {values}, columns={SIZE}, tile=16)")
+
+
 _U = f"bfloat16[{SIZE}, {RANK}]"
 ENTRIES = (
     Entry("dense", _linear(f"bfloat16[{SIZE}, {SIZE}]"), 16, 64, (DECODE, SPLIT, PREFILL)),
@@ -62,6 +71,10 @@ ENTRIES = (
     Entry("int2 g64", _linear(dequantize(2, 64)), 2.25, 128, (DECODE, SPLIT, Config(32, 128, 1, 8, 3))),
     Entry("float8", _linear(_FLOAT8), 8, 64, (DECODE, SPLIT, PREFILL)),
     Entry("2:4", _linear(_TWO_OF_FOUR), 10, 128, (NARROW,)),
+    Entry("mask", _linear(f"unmask({_MASK}, columns={SIZE}, tile=1)"), 9.125, 128, (DECODE,)),
+    # Of the kept weights: a tile's place is 32 bits for 256 of them.
+    Entry("tiles of 16", _tiles(f"bfloat16[{SIZE}, {SIZE // 2}]"), 16.125, 64, (TILES, Config(64, 16, 4, 4, 4))),
+    Entry("tiles of 16, int4", _tiles(dequantize(4, 64, SIZE, SIZE // 2)), 4.375, 128, (TILES,)),
     Entry("low rank", f"low_rank_linear(x, bfloat16[{RANK}, {SIZE}], {_U})", 16, 64, (Config(64, 128, 1, 8, 2),)),
     Entry("low rank, V int4", f"low_rank_linear(x, {dequantize(4, 64, RANK)}, {_U})", 4.25, 128,
           (Config(16, 128, 4, 4, 3), Config(64, 128, 1, 8, 2))),

@@ -53,7 +53,8 @@ def walk(loader: Loader, prefix: str, rows: str, first: str = "0", programs: str
     every = f"{loader.step} * {programs}" if programs != "1" else str(loader.step)
     lines = [f"acc = tl.zeros(({rows}, BLOCK_M), tl.float32)", *loader.once(prefix)]
     lines += ["total = tl.zeros((BLOCK_M,), tl.float32)"] if _sums_all(loader) else []
-    lines.append(f"for k in range({first} * {loader.step}, K, {every}):")
+    end = "K" if loader.walked == loader.columns else str(loader.walked)
+    lines.append(f"for k in range({first} * {loader.step}, {end}, {every}):")
     body = step(loader, prefix, [_activations(loader, plane) for plane in range(loader.planes)])
     return [*lines, *(f"    {line}" for line in body), *scale_all(loader, prefix)]
 
@@ -100,7 +101,7 @@ def indent(lines: Sequence[str], by: int) -> str:
 
 
 def _activations(loader: Loader, plane: int) -> list[str]:
-    inside = "m_in[None, :]" if loader.columns % loader.step == 0 else "m_in[None, :] & (column < K)[:, None]"
+    inside = "m_in[None, :]" if loader.walked % loader.step == 0 else "m_in[None, :] & (column < K)[:, None]"
     return [
         f"column = {loader.column(plane)}",
         f"x_tile = tl.load(x + rm.to(tl.int64)[None, :] * K + column[:, None], mask={inside}, other=0.0)",
@@ -144,10 +145,13 @@ class Product(Kernel):
         return "fused_linear_split" if config.split > 1 else "fused_linear"
 
     def constants(self, config: Config) -> dict[str, int]:
-        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": config.split}
+        return {"BLOCK_M": config.block_m, "BLOCK_N": self.block_n(config), "SPLIT": config.split}
+
+    def block_n(self, config: Config) -> int:
+        return self.loaders[0][1].together or config.block_n
 
     def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
-        return math.ceil(self.rows / config.block_n), math.ceil(tokens / config.block_m), config.split
+        return math.ceil(self.rows / self.block_n(config)), math.ceil(tokens / config.block_m), config.split
 
     def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
         if config.split == 1:

@@ -33,6 +33,8 @@ def low_rank(name: str, v: Loader, u: Loader, epilogue: Epilogue, outputs: Seque
     are constexprs. Raises `SpecError` past a rank of MOST."""
     if u.columns > MOST:
         raise SpecError(f"a rank of {u.columns} does not stay on the chip: at most {MOST}.")
+    if v.together:
+        raise SpecError(f"low rank cannot read V as {type(v).__name__}: its rows meet other columns of x.")
     if not u.in_order:
         raise SpecError(f"low rank cannot read U as {type(u).__name__}: its planes meet no neighbouring rows of V x^T.")
     arguments: list[str] = ["x", *(f"y{i}" for i in range(len(outputs)))]

@@ -7,13 +7,12 @@ bfloat16, whose last seven do. Every intermediate is a number of the format, so 
     word_plane      plane i of int32 words (fxcompress.codegen.triton.words), minus MIDDLE
     word_e4m3       the same of 8-bit floats
 
-No function of libdevice and no inline assembly: the interpreter has neither.
+No inline assembly, and of libdevice only what the interpreter is given too.
 """
-
-
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -157,3 +156,25 @@ def mish(v):
 @triton.jit
 def elu(v, alpha, scale, input_scale):
     return scale * tl.where(v > 0.0, v, alpha * expm1(input_scale * v))
+
+
+@triton.jit
+def popcount(word):
+    """int32 -> how many of its bits are set."""
+    return libdevice.popc(word)
+
+
+@triton.jit
+def kept(values, start, word, FLOAT: tl.constexpr):
+    """Bits `word` (rows,) -> (rows, 32) of FLOAT: where bit j is set, the value at `start` + the bits set below j."""
+    column = tl.arange(0, 32)[None, :]
+    rank = popcount(word[:, None] & ((1 << column) - 1))
+    some = (word[:, None] & (1 << column)) != 0
+    return tl.load((values + start)[:, None] + rank, mask=some, other=0.0).to(FLOAT)
+
+
+@triton.jit
+def column_of(places, at, TILE: tl.constexpr):
+    """Kept columns `at` -> columns of x. A tile's are neighbours, and its first a multiple of TILE, which is said."""
+    column = tl.load(places + at // TILE) * TILE + at % TILE
+    return tl.max_contiguous(tl.multiple_of(column, TILE), TILE)

@@ -31,6 +31,8 @@ def quaternion(name: str, loader: Loader, epilogue: Epilogue, outputs: Sequence[
     """The text of the kernel. Arguments: x, one y an output, the loader's, the epilogue's, M; BLOCK_M and BLOCK_N are
     constexprs, and BLOCK_N counts rows of Q. Raises `SpecError` where a component is no whole number of steps."""
     chunk = loader.columns // 4
+    if loader.together:
+        raise SpecError(f"quaternions cannot be read as {type(loader).__name__}: their rows meet other columns of x.")
     if loader.planes > 1 and chunk % loader.step:
         raise SpecError(
             f"components of {chunk} columns cannot be read in steps of {loader.step}; store them in another width."

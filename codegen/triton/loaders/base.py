@@ -76,6 +76,16 @@ class Loader(ABC):
         return f"k + {plane * self.plane} + tl.arange(0, {self.plane})"
 
     @property
+    def walked(self) -> int:
+        """Columns that the loop goes through: those that are kept."""
+        return self.columns
+
+    @property
+    def together(self) -> int | None:
+        """How many rows a program takes, where others would meet other columns."""
+        return None
+
+    @property
     def in_order(self) -> bool:
         """True if a tile meets neighbouring columns, plane after plane."""
         return True
