@@ -44,7 +44,7 @@ _DTYPES = {
 _STORED_AS = {"bf16": torch.uint16, "fp8e4nv": torch.uint8, "fp8e5": torch.uint8}  # numpy has no such floats
 _LIBDEVICE: dict[str, Callable[[Tensor], Tensor]] = {
     "erf": torch.erf, "exp": torch.exp, "expm1": torch.expm1, "log": torch.log, "log1p": torch.log1p,
-    "popc": lambda t: sum((t >> i) & 1 for i in range(32)), "rsqrt": torch.rsqrt, "tanh": torch.tanh,
+    "popc": lambda t: torch.stack([(t >> i) & 1 for i in range(32)]).sum(0), "rsqrt": torch.rsqrt, "tanh": torch.tanh,
 }  # fmt: skip
 _COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 _LAUNCH_ONLY = ("num_warps", "num_stages", "num_ctas", "maxnreg")

@@ -22,7 +22,7 @@ from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.loaders.base import TYPES, Loader
 
-_IMPORTS = "import triton\nimport triton.language as tl\n\nfrom fxcompress.codegen.triton import parts\n"
+IMPORTS = "import triton\nimport triton.language as tl\n\nfrom fxcompress.codegen.triton import parts\n"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Kernel(ABC):
     @functools.cached_property
     def source(self) -> str:
         """All forms, behind a header that says what they compute."""
-        header = f'"""{self.spec}\n\nx is {TYPES[self.dtype]}.\n"""\n\n{_IMPORTS}'
+        header = f'"""{self.spec}\n\nx is {TYPES[self.dtype]}.\n"""\n\n{IMPORTS}'
         return "\n\n".join([header, *self.forms.values()])
 
     def function(self, config: Config) -> Any:

@@ -178,3 +178,33 @@ def column_of(places, at, TILE: tl.constexpr):
     """Kept columns `at` -> columns of x. A tile's are neighbours, and its first a multiple of TILE, which is said."""
     column = tl.load(places + at // TILE) * TILE + at % TILE
     return tl.max_contiguous(tl.multiple_of(column, TILE), TILE)
+
+
+@triton.jit
+def code_at(codes, column, inside, BITS: tl.constexpr):
+    """Codes of `column` in a row as files pack it (fxcompress.codegen.packing), float32. Only 3 bits straddle bytes."""
+    at = column * BITS
+    code = tl.load(codes + at // 8, mask=inside, other=0).to(tl.int32)
+    if BITS == 3:
+        code |= tl.load(codes + at // 8 + 1, mask=inside & (at % 8 > 5), other=0).to(tl.int32) << 8
+    return ((code >> (at % 8)) & ((1 << BITS) - 1)).to(tl.float32)
+
+
+@triton.jit
+def scale_at(scales, grid, group, inside):
+    code = tl.load(scales + group, mask=inside, other=0).to(tl.float32)
+    return tl.exp2(tl.load(grid) + tl.load(grid + 1) * code)
+
+
+@triton.jit
+def zero_at(zeros, group, inside, BITS: tl.constexpr):
+    code = (tl.load(zeros + group // 2, mask=inside, other=0).to(tl.int32) >> (4 * (group % 2))) & 15
+    return code.to(tl.float32) * (2.0**BITS / 16.0) - 0.5
+
+
+@triton.jit
+def byte_e4m3(code):
+    """uint8 bits of e4m3 numbers -> float32, exact: the exponent is eight too small in float16."""
+    bits = code.to(tl.uint16)
+    small = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), small.to(tl.float32) * 256.0)
