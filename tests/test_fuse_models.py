@@ -86,7 +86,8 @@ def test_a_fused_model_is_saved_and_loaded(tmp_path):
 
 SPECS = [  # every rewrite of a linear weight, and every way of keeping one
     "quantize{bits=4, group_size=32}", "quantize{bits=3, group_size=0, symmetric=True}", "float8",
-    "quantize_residual{bits=4, group_size=32, rank=4}", "int8_dynamic", "low_rank{rank=4} | float8",
+    "quantize_residual{bits=4, group_size=32, rank=4}", "int8_dynamic", "float8_dynamic",
+    "low_rank{rank=4} | float8",
     "block_low_rank{blocks=2, rank=4} | quantize{bits=8, group_size=0}", "monarch{blocks=4, rank=1}",
     "tensor_train{rank=8}", "quaternion | quantize{bits=4, group_size=32}",
     "prune{sparsity=0.5} | quantize{bits=8, group_size=0}", "prune_2_4 | quantize{bits=4, group_size=32}",
