@@ -22,6 +22,7 @@ SPECS = {
     "low_rank": "low_rank_linear(x, bfloat16[40, 128], bfloat16[96, 40]) | silu(_)",
     "quaternion": "quaternion_linear(x, bfloat16[24, 128], bfloat16[96])",
     "int8": "int8_dynamic_linear(x, int8[96, 128], float32[96], float32[128])",
+    "float8": "float8_dynamic_linear(x, uint8[96, 100], float32[96], float32[100])",
 }
 
 

@@ -249,24 +249,6 @@ def test_components_that_are_no_whole_steps_are_refused():
         generate(parse(f"quaternion_linear(x, {weight})"), torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("columns", [192, 100])
-def test_integers_on_both_sides_are_multiplied_exactly(columns, dtype):
-    rows, tokens, name = 40, 7, str(dtype)[6:]
-    codes = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    scales, smooth = normal(rows, seed=2).abs() / 127, normal(columns, seed=3).abs() + 0.5
-    x, bias = normal(tokens, columns, seed=1).to(dtype), normal(rows, seed=4).to(dtype)
-    types = f"int8[{rows}, {columns}], float32[{rows}], float32[{columns}], {name}[{rows}]"
-    kernel = generate(spec := parse(f"int8_dynamic_linear(x, {types}) | relu(_)"), dtype)
-    tensors = [codes, scales, smooth, bias]
-    with interpreter():
-        (made,) = kernel(x, kernel.prepare(tensors), [], Config(16, 32))
-    (want,) = evaluate(spec, x, tensors, [])
-    # The same integers, then a few roundings of float32 and one to dtype.
-    room = torch.finfo(dtype).eps * want.double().abs() + 2**-20
-    assert bool(((made.double() - want.double()).abs() <= room).all())
-
-
 def test_several_outputs():
     x = normal(7, 64, seed=1).half()
     tail = " | silu(_) | mul(_, extra[0]) | outputs(step[0], _)"

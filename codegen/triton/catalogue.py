@@ -20,7 +20,7 @@ from fxcompress.codegen.spec import parse
 from fxcompress.codegen.triton.ahead import KernelReport, compile_ahead
 from fxcompress.codegen.triton.generate import generate
 from fxcompress.codegen.triton.issue import Mix, mix
-from fxcompress.codegen.triton.kernel import Config
+from fxcompress.codegen.triton.kernel import Config, Kernel
 
 SIZE, RANK = 4096, 128
 DECODE, SPLIT, PREFILL = Config(16, 128, 1, 4, 4), Config(16, 128, 4, 4, 4), Config(64, 128, 1, 8, 3)
@@ -82,6 +82,8 @@ ENTRIES = (
     Entry("quaternion int4", f"quaternion_linear(x, {dequantize(4, 64, SIZE // 4)})", 4.25, 128, (NARROW,)),
     Entry("int8 x int8", f"int8_dynamic_linear(x, int8[{SIZE}, {SIZE}], float32[{SIZE}], float32[{SIZE}])", 8, 64,
           (DECODE, Config(128, 128, 1, 8, 3))),
+    Entry("float8 x float8", f"float8_dynamic_linear(x, uint8[{SIZE}, {SIZE}], float32[{SIZE}], float32[{SIZE}])", 8,
+          128, (DECODE, Config(128, 128, 1, 8, 3))),
 )  # fmt: skip
 
 
@@ -109,11 +111,22 @@ class Row:
         return mix(self.report.sass, self.config.block_n * self.entry.step / threads)
 
 
+def kernel_of(entry: Entry) -> Kernel:
+    """With a GELU and a residual behind it."""
+    return generate(parse(f"{entry.product} | gelu(_) | add(_, extra[0])"), torch.bfloat16, ("full",))
+
+
+def left_out(arch: int) -> list[str]:
+    """What that card cannot run, clauses."""
+    least = {entry.name: kernel_of(entry).least_arch for entry in ENTRIES}
+    return [f"{name} needs sm_{needed}" for name, needed in least.items() if needed > arch]
+
+
 def compile_all(arch: int) -> Iterator[Row]:
-    """Every entry with every config, with a GELU and a residual behind it."""
+    """Every entry that the card can run, with every config."""
     for entry in ENTRIES:
-        kernel = generate(parse(f"{entry.product} | gelu(_) | add(_, extra[0])"), torch.bfloat16, ("full",))
-        for config in entry.configs:
+        kernel = kernel_of(entry)
+        for config in entry.configs if kernel.least_arch <= arch else ():
             report = compile_ahead(
                 kernel.function(config), kernel.signature(config), kernel.constants(config), arch,
                 config.warps, config.stages, unaligned=("M",),

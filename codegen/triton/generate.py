@@ -14,17 +14,18 @@ import torch
 from fxcompress.codegen.spec import Constant, Input, Spec, given
 from fxcompress.codegen.triton.epilogue import Kind, print_epilogue
 from fxcompress.codegen.triton.gemm import Product
-from fxcompress.codegen.triton.int8 import Int8Product
 from fxcompress.codegen.triton.kernel import Kernel
 from fxcompress.codegen.triton.low_rank import LowRankProduct
 from fxcompress.codegen.triton.quaternion import QuaternionProduct
+from fxcompress.codegen.triton.rounded import RoundedProduct
 from fxcompress.core.errors import SpecError
 
 MAIN_LOOPS: tuple[tuple[str, type[Kernel]], ...] = (
     ("linear", Product),
     ("low_rank_linear", LowRankProduct),
     ("quaternion_linear", QuaternionProduct),
-    ("int8_dynamic_linear", Int8Product),
+    ("int8_dynamic_linear", RoundedProduct),
+    ("float8_dynamic_linear", RoundedProduct),
 )
 
 

@@ -78,6 +78,11 @@ class Kernel(ABC):
         """Launch what must have run before; x is (M, K)."""
 
     @property
+    def least_arch(self) -> int:
+        """The first card that has what it takes, 80 for sm_80."""
+        return 80
+
+    @property
     def rows(self) -> int:
         """N: features of an output."""
         return self.loaders[-1][1].rows
