@@ -160,6 +160,19 @@ def test_tiles_that_went_are_skipped(kept, split, dtype):
     close(made, want, size, columns)
 
 
+@pytest.mark.parametrize(
+    ("tile", "values", "near"),
+    [
+        (16, dense, 16), (64, dense, 64), (128, dense, 64), (32, quantized, 32), (16, two_of_four, 1),
+        (32, lambda *sizes: quantized(*sizes, 2, 64), 16),
+    ],
+)  # fmt: skip
+def test_no_more_columns_are_called_neighbours_than_are(tile, values, near):
+    """What is told to the compiler the interpreter does not see: a plane may start in the middle of a tile."""
+    weight, _ = tiles(tile, 4 * tile, torch.float16, tile, 2, values)
+    assert f", {tile}, {near})" in generate(parse(f"linear(x, {weight})"), torch.float16).source
+
+
 def test_tiles_that_went_are_not_even_multiplied():
     weight, tensors = tiles(16, 128, torch.float16)
     read = unpacked(weight, tensors, 128, torch.float16)[0] != 0
@@ -195,11 +208,11 @@ def test_no_tokens_give_an_empty_result_without_a_launch():
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("kept", ["dense", "quantized", "both ways"])
+@pytest.mark.parametrize("kept", ["dense", "quantized", "V quantized", "masked"])
 def test_low_rank_stays_on_the_chip(kept, dtype):
     rows, columns, rank, tokens = 72, 160, 40, 21
-    v = dense(rank, columns, dtype) if kept == "dense" else quantized(rank, columns, dtype, 4, 64)
-    u = quantized(rows, rank, dtype, 8, 0) if kept == "quantized" else dense(rows, rank, dtype)
+    v = {"dense": dense, "masked": masked}.get(kept, quantized)(rank, columns, dtype)
+    u = {"quantized": lambda *sizes: quantized(*sizes, 8, 0), "masked": masked}.get(kept, dense)(rows, rank, dtype)
     name = str(dtype)[6:]
     x, bias = normal(tokens, columns, seed=1).to(dtype), normal(rows, seed=3).to(dtype)
     spec = parse(f"low_rank_linear(x, {v[0]}, {u[0]}, {name}[{rows}]) | silu(_)")
@@ -293,6 +306,12 @@ def test_a_split_leaves_its_counters_at_zero_and_gives_the_same_bits(monkeypatch
 def test_what_cannot_be_emitted_is_named(spec, message):
     with pytest.raises(SpecError, match=message):
         generate(parse(spec), torch.float32)
+
+
+def test_an_extra_that_would_promote_the_result_is_refused():
+    kernel = generate(parse("linear(x, float16[40, 128]) | add(_, extra[0])"), torch.float16, ("row",))
+    with pytest.raises(SpecError, match=r"extras\[0\] is torch\.float32; the kernel was made for torch\.float16"):
+        kernel(normal(2, 128).half(), [normal(40, 128).half()], [normal(40)])
 
 
 def test_inputs_without_kernels_are_named():

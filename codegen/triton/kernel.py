@@ -21,6 +21,7 @@ from fxcompress.codegen.spec import Call, Constant, Spec
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.loaders.base import TYPES, Loader
+from fxcompress.core.errors import SpecError
 
 IMPORTS = "import triton\nimport triton.language as tl\n\nfrom fxcompress.codegen.triton import parts\n"
 
@@ -127,10 +128,17 @@ class Kernel(ABC):
             rest = rest[loader.constants :]
         return (*made, *(t.contiguous() for t in rest))
 
+    def check(self, extras: Sequence[Tensor]) -> None:
+        """The outputs' dtypes were told from that of x: an extra may not promote them. Raises `SpecError`."""
+        for index, extra in enumerate(extras):
+            if extra.dim() > 0 and torch.promote_types(extra.dtype, self.dtype) != self.dtype:
+                raise SpecError(f"extras[{index}] is {extra.dtype}; the kernel was made for {self.dtype}.")
+
     def __call__(
         self, x: Tensor, prepared: Sequence[Tensor], extras: Sequence[Tensor], config: Config = DEFAULT
     ) -> list[Tensor]:
         """x (..., K) of the kernel's dtype -> its outputs (..., N)."""
+        self.check(extras)
         rows = x.reshape(-1, self.columns).contiguous()
         outputs = [x.new_empty(*x.shape[:-1], self.rows, dtype=dtype) for dtype in self.results]
         if len(rows) == 0:

@@ -174,10 +174,10 @@ def kept(values, start, word, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def column_of(places, at, TILE: tl.constexpr):
-    """Kept columns `at` -> columns of x. A tile's are neighbours, and its first a multiple of TILE, which is said."""
+def column_of(places, at, TILE: tl.constexpr, NEAR: tl.constexpr):
+    """Kept columns `at` -> columns of x. NEAR of them are neighbours, the first a multiple of NEAR, which is said."""
     column = tl.load(places + at // TILE) * TILE + at % TILE
-    return tl.max_contiguous(tl.multiple_of(column, TILE), TILE)
+    return tl.max_contiguous(tl.multiple_of(column, NEAR), NEAR)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,7 +83,9 @@ class Tiles(Loader):
 
     def column(self, plane: int) -> str:
         at = f"({self.values.column(plane)})"
-        return f"parts.column_of(w_places + pn * {self.slots}, {at}, {self.tile_rows})"
+        # A plane may start inside a tile, or take every fourth column.
+        near = math.gcd(self.plane, self.tile_rows) if self.values.in_order else 1
+        return f"parts.column_of(w_places + pn * {self.slots}, {at}, {self.tile_rows}, {near})"
 
     @property
     def in_order(self) -> bool:
