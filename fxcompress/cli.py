@@ -103,7 +103,7 @@ def _kernels(options: argparse.Namespace) -> None:
         {"kernel": row.entry.name, "function": row.launch.form, "config": asdict(row.config),
          "registers": row.report.registers, "spill_bytes": row.report.spill_bytes,
          "shared_bytes": row.report.shared_bytes, "instructions": dict(row.report.instructions),
-         "bound": row.mix.bound(row.entry.bits), "faults": row.faults}
+         "bound": row.bound, "faults": row.faults}
         for row in rows
     ]  # fmt: skip
     left_out = catalogue.left_out(options.arch)

@@ -30,29 +30,32 @@ def test_on_sm_90_nothing_is_at_fault_and_every_product_is_on_its_tensor_cores(r
     assert {(row.entry.name, row.config) for row in rows} == {(e.name, config) for e in ENTRIES for config in e.configs}
     assert [(row.entry.name, row.config, row.faults) for row in rows if row.faults] == []
     # Rows of 16 are too few for wgmma, which takes 64.
-    assert all(row.report.instructions["mma" if "tiles" in row.entry.name else "wgmma"] for row in rows)
+    products = [row for row in rows if row.launch.multiplies]
+    assert all(row.report.instructions["mma" if "tiles" in row.entry.name else "wgmma"] for row in products)
 
 
 def test_weights_arrive_by_asynchronous_copies(rows):
     # The first factor of the train has the columns of a single step: there is no next one to load ahead.
-    looped = [row for row in rows if row.launch.form != "fused_train_inner"]
+    looped = [row for row in rows if row.launch.multiplies and row.launch.form != "fused_train_inner"]
     assert all(row.report.instructions["cp.async"] for row in looped)
 
 
 def test_unpacking_stays_on_the_fast_path(rows):
     """Integer instructions a weight, so that a refactoring cannot lose it: 1.7 for 4 bits in groups of 128."""
-    integer = {(row.entry.name, row.config): row.mix.integer for row in rows}
+    integer = {(row.entry.name, row.config): row.mix.integer for row in rows if row.launch.multiplies}
     assert integer["int4 g128", catalogue.DECODE] <= 1.7
     assert integer["int4 g64", catalogue.DECODE] <= 2.0
     assert integer["int4 g64", catalogue.PREFILL] <= 2.5
     assert integer["float8", catalogue.DECODE] <= 2.0
+    assert integer["rms norm, int4 g64", catalogue.DECODE] <= 3
     assert integer["dense", catalogue.DECODE] <= 0.5
     assert integer["mask", catalogue.DECODE] <= 8
     assert integer["tiles of 16", catalogue.TILES] <= 1
 
 
 def test_sums_of_8_bit_floats_leave_the_tensor_cores_at_every_step(rows):
-    (report,) = [row.report for row in rows if (row.entry.name, row.config) == ("float8 x float8", catalogue.DECODE)]
+    wanted = ("float8 x float8", catalogue.DECODE, True)
+    (report,) = [row.report for row in rows if (row.entry.name, row.config, row.launch.multiplies) == wanted]
     assert "QGMMA" in report.sass
     # 16 x 128 sums of 128 threads.
     assert sum("FADD" in line for line in _main_loop(report.sass)) >= 16
@@ -93,12 +96,12 @@ def test_the_command_prints_them_and_fails_where_one_is_at_fault(capsys, monkeyp
     monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path))
     monkeypatch.setattr(catalogue, "ENTRIES", ENTRIES[:1])
     assert cli.main(["kernels", "--json"]) == 0
-    assert [kernel["kernel"] for kernel in json.loads(capsys.readouterr().out)["kernels"]] == ["dense"] * 3
+    assert [kernel["kernel"] for kernel in json.loads(capsys.readouterr().out)["kernels"]] == ["dense"] * 5
     monkeypatch.setattr(catalogue.Row, "faults", ["spills 16 bytes"])
     assert cli.main(["kernels"]) == 1
     said = capsys.readouterr()
-    assert said.out.count("spills 16 bytes") == 3
-    assert "3 of 3 kernels are at fault: dense spills 16 bytes" in said.err
+    assert said.out.count("spills 16 bytes") == 5
+    assert "5 of 5 kernels are at fault: dense spills 16 bytes" in said.err
 
 
 def test_a_card_without_8_bit_floats_leaves_their_products_out(capsys, monkeypatch, tmp_path):
@@ -107,7 +110,7 @@ def test_a_card_without_8_bit_floats_leaves_their_products_out(capsys, monkeypat
     assert cli.main(["kernels", "--arch", "80"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "left out: float8 x float8 needs sm_89"
-    assert [line.split()[0] for line in said[2:-1]] == ["dense"] * 3
+    assert [line.split()[0] for line in said[2:-1]] == ["dense"] * 5
     assert catalogue.left_out(89) == []
 
 

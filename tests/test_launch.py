@@ -10,6 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from fxcompress.codegen.ops import GATHERED  # noqa: E402
 from fxcompress.codegen.ops.fused import evaluate  # noqa: E402
 from fxcompress.codegen.spec import parse  # noqa: E402
 from fxcompress.codegen.triton import configs, launch  # noqa: E402
@@ -212,7 +213,7 @@ def test_a_kernel_that_triton_refuses_falls_back_too(caplog, monkeypatch):
 
 
 def test_the_op_has_a_kernel_for_gpus_and_importing_it_touches_no_driver():
-    for name in ("fused", "fused_parallel"):
+    for name in ("fused", "fused_parallel", *(op._name for op in GATHERED)):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fxcompress::{name}", "CUDA")
     assert not torch.cuda.is_initialized()
 

@@ -11,6 +11,7 @@ from fxcompress.codegen.ops import (
     linformer_attention,
     low_rank_linear,
     monarch_linear,
+    on_gpu,
     quantized_embedding,
     quantized_rows_embedding,
     quaternion_linear,
@@ -21,12 +22,15 @@ from fxcompress.codegen.ops import (
     vmap,
 )
 
-OPS = (
-    dequantize.dequantize,
-    dequantize_float8.dequantize_float8,
+GATHERED = (  # lookups with kernels of their own
     quantized_embedding.quantized_embedding,
     quantized_rows_embedding.quantized_rows_embedding,
     float8_embedding.float8_embedding,
+)
+OPS = (
+    dequantize.dequantize,
+    dequantize_float8.dequantize_float8,
+    *GATHERED,
     low_rank_linear.low_rank_linear,
     block_low_rank_linear.block_low_rank_linear,
     monarch_linear.monarch_linear,
@@ -44,3 +48,5 @@ OPS = (
 
 for _op in OPS:
     vmap.register(_op)
+for _op in GATHERED:
+    on_gpu.register(_op)

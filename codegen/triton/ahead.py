@@ -31,7 +31,8 @@ from triton.runtime.jit import JITFunction
 SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100; more compiles to a bare `trap`
 INSTRUCTIONS = {
-    "wgmma": r"\b[HQI]GMMA\.", "mma": r"\b[HIQD]?MMA\.", "tcgen05": r"\bUTC[HQI]?MMA", "cp.async": r"\bLDGSTS",
+    "wgmma": r"\b[HQI]GMMA\.", "mma": r"(?<![.\w])[HIQD]MMA\.",  # not HFMA2.MMA
+    "tcgen05": r"\bUTC[HQI]?MMA", "cp.async": r"\bLDGSTS",
     "tma": r"\bUTMALDG|UBLKCP", "ldg128": r"\bLDG\.\S*128", "ldsm": r"\bLDSM", "atomic": r"\bREDG?\.|\bATOMG",
     "i2f": r"\bI2F", "prmt": r"\bPRMT", "lop3": r"\bLOP3",
 }  # fmt: skip

@@ -56,6 +56,8 @@ _FLOAT8 = f"dequantize_float8(uint8[{SIZE}, {SIZE}], float32[{SIZE}, 1], dtype=b
 _TWO_OF_FOUR = f"unmask_2_4(uint8[{SIZE}, {packed_bytes(SIZE // 4, 3)}], bfloat16[{SIZE}, {SIZE // 2}])"
 _CORES = ", ".join(["bfloat16[4, 64]", *["bfloat16[64, 64]"] * 4, "bfloat16[64, 4]"])  # rank 16
 _DIGITS = [4] * 6
+_RMS = f"rms_norm(x, normalized_shape=[{SIZE}], weight=bfloat16[{SIZE}], eps=1e-06)"
+_LAYER = f"layer_norm(x, normalized_shape=[{SIZE}], weight=bfloat16[{SIZE}], bias=bfloat16[{SIZE}])"
 _MASK = f"uint8[{SIZE}, {SIZE // 8}], bfloat16[{SIZE}, {SIZE // 2}]"
 
 
@@ -72,6 +74,9 @@ ENTRIES = (
     Entry("int4 g128", _linear(dequantize(4, 128)), 4.125, 128, (DECODE, SPLIT, PREFILL)),
     Entry("int3 g64", _linear(dequantize(3, 64)), 3.45, 160, (DECODE, SPLIT, PREFILL)),
     Entry("int2 g64", _linear(dequantize(2, 64)), 2.25, 128, (DECODE, SPLIT, Config(32, 128, 1, 8, 3))),
+    Entry("rms norm, int4 g64", f"{_RMS} | linear(_, {dequantize(4, 64)})", 4.25, 128, (DECODE, SPLIT)),
+    Entry("layer norm, int4 g64", f"{_LAYER} | linear(_, {dequantize(4, 64)})", 4.25, 128, (DECODE, SPLIT)),
+    Entry("layer norm", _LAYER, 16, 64, (Config(1, SIZE, 1, 4, 1),)),
     Entry("float8", _linear(_FLOAT8), 8, 64, (DECODE, SPLIT, PREFILL)),
     Entry("2:4", _linear(_TWO_OF_FOUR), 10, 128, (NARROW,)),
     Entry("mask", _linear(f"unmask({_MASK}, columns={SIZE}, tile=1)"), 9.125, 128, (DECODE,)),
@@ -112,13 +117,19 @@ class Row:
         found = self.report.faults()
         # Small tiles fall back to the older instruction on sm_100.
         multiplies = self.report.instructions[cores] or self.report.instructions["mma"]
-        return found if multiplies else [*found, f"has no {cores}"]
+        return found if multiplies or not self.launch.multiplies else [*found, f"has no {cores}"]
 
     @property
     def mix(self) -> Mix:
         """Of the main loop."""
         threads = 32 * self.config.warps
         return mix(self.report.sass, self.launch.constants["BLOCK_N"] * self.entry.step / threads)
+
+
+    @property
+    def bound(self) -> float | None:
+        """Of the bandwidth; None where nothing is multiplied."""
+        return self.mix.bound(self.entry.bits) if self.launch.multiplies else None
 
 
 def kernel_of(entry: Entry) -> Kernel:
@@ -136,8 +147,8 @@ def compile_all(arch: int) -> Iterator[Row]:
     """Every entry that the card can run, with every config."""
     for entry in ENTRIES:
         kernel = kernel_of(entry)
-        for config in entry.configs if kernel.least_arch <= arch else ():
-            for launch in kernel.launches(config):
+        for number, config in enumerate(entry.configs if kernel.least_arch <= arch else ()):
+            for launch in [*kernel.launches(config), *(kernel.aside if number == 0 else ())]:
                 function = getattr(load_source(kernel.source), launch.form)
                 report = compile_ahead(
                     function, launch.signature, launch.constants, arch, config.warps, config.stages, unaligned=("M",)
@@ -153,11 +164,14 @@ def table(rows: list[Row]) -> str:
         counts = {name: r.instructions[name] for name in ("wgmma", "mma", "tcgen05")}
         cores = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         split = f" / {c.split}" if c.split > 1 else ""
-        tile = row.launch.constants["BLOCK_N"]
+        sizes = row.launch.constants
+        tile = " x ".join(str(sizes[name]) for name in ("BLOCK_M", "BLOCK_N") if name in sizes)
+        told = ("", "")
+        if row.bound is not None:
+            told, tile = (f"{row.mix.integer:.2f}", f"{row.bound:.0%}"), tile + split
         lines.append((
-            row.entry.name, r.name.removeprefix("fused_"), f"{c.block_m} x {tile}{split}", f"{c.warps}", r.registers,
-            r.spill_bytes, f"{r.shared_bytes / 1024:.0f}", r.blocks_per_multiprocessor, cores, f"{row.mix.integer:.2f}",
-            f"{row.mix.bound(row.entry.bits):.0%}", "; ".join(row.faults) or "none",
+            row.entry.name, r.name.removeprefix("fused_"), tile, f"{c.warps}", r.registers, r.spill_bytes,
+            f"{r.shared_bytes / 1024:.0f}", r.blocks_per_multiprocessor, cores, *told, "; ".join(row.faults) or "none",
         ))  # fmt: skip
     heads = ["kernel", "function", "tile", "warps", "registers", "spills", "shared KiB", "blocks", "tensor cores"]
     heads += ["integer / weight", "bound", "faults"]

@@ -23,9 +23,9 @@ from fxcompress.codegen.spec import Call
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.counters import zeroed
 from fxcompress.codegen.triton.epilogue import Epilogue
-from fxcompress.codegen.triton.kernel import Compute, Config, Kernel
+from fxcompress.codegen.triton.kernel import Compute, Config, Kernel, Launch
 from fxcompress.codegen.triton.loaders import loader_of
-from fxcompress.codegen.triton.loaders.base import Loader
+from fxcompress.codegen.triton.loaders.base import TYPES, Loader
 from fxcompress.codegen.triton.loaders.dense import Dense
 from fxcompress.codegen.triton.unpack import BLOCK_M, BLOCK_N, FINISH, UNPACK, finish, unpack
 
@@ -189,6 +189,16 @@ class Product(Kernel):
             UNPACK: unpack(UNPACK, PREFIX, loader),
             FINISH: finish(FINISH, self.rows, self.epilogue, stores),
         }
+
+    @property
+    def aside(self) -> list[Launch]:
+        loader, dtype = self.loaders[-1][1], "*" + TYPES[self.dtype]
+        own = {PREFIX + name: "*" + kind for name, kind in loader.pointers.items()}
+        behind = {"z": dtype, **self.result_types, **self.operand_types, "M": "i32"}
+        return [
+            Launch(UNPACK, {**own, "weight": dtype}, {"BLOCK_N": loader.together or BLOCK_N}, False),
+            Launch(FINISH, behind, {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}, False),
+        ]
 
     def form(self, config: Config) -> str:
         return "fused_linear_split" if config.split > 1 else "fused_linear"

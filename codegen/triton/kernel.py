@@ -48,11 +48,15 @@ Compute = Callable[[Spec, Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[t
 
 @dataclass(frozen=True)
 class Launch:
-    """One function of a call: its name, Triton's types of the arguments that are no constexprs, and its constexprs."""
+    """One function of a call: its name, Triton's types of the arguments that are no constexprs, and its constexprs.
+
+    multiplies: on tensor cores; the others unpack, round, or work on whole rows.
+    """
 
     form: str
     signature: Mapping[str, str]
     constants: Mapping[str, int]
+    multiplies: bool = True
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ class Kernel(ABC):
     def launches(self, config: Config) -> list[Launch]:
         """The products of a call, in order."""
         return [Launch(self.form(config), self.signature(config), self.constants(config))]
+
+    @property
+    def aside(self) -> list[Launch]:
+        """What else there is to compile, whatever the config."""
+        return []
 
     @property
     def least_arch(self) -> int:
@@ -180,15 +189,22 @@ What it means: torch.ops.fxcompress.fused(x, tensors, extras, spec), the spec be
 
     def signature(self, config: Config) -> dict[str, str]:
         """Triton's types of the arguments that are no constexprs, in order."""
-        x = "*" + TYPES[self.dtype]
-        types = {"x": x, **{f"y{i}": "*" + TYPES[t] for i, t in enumerate(self.results)}}
+        types = {"x": "*" + TYPES[self.dtype], **self.result_types}
         types |= {prefix + name: "*" + kind for prefix, of in self.loaders for name, kind in of.pointers.items()}
-        for operand in self.epilogue.operands:
-            read = operand.source.dtype if isinstance(operand.source, Constant) else self.dtype
-            types[f"p_{operand.name}"] = "*" + TYPES[read]
+        types |= self.operand_types
         empty = torch.empty(1, self.columns, dtype=self.dtype, device="meta")
         types |= {name: "*" + TYPES[t.dtype] for name, t in self.workspace(empty, config).items()}
         return {**types, "M": "i32"}
+
+    @property
+    def result_types(self) -> dict[str, str]:
+        return {f"y{i}": "*" + TYPES[t] for i, t in enumerate(self.results)}
+
+    @property
+    def operand_types(self) -> dict[str, str]:
+        read = {o.name: o.source for o in self.epilogue.operands}
+        dtypes = {name: of.dtype if isinstance(of, Constant) else self.dtype for name, of in read.items()}
+        return {f"p_{name}": "*" + TYPES[dtype] for name, dtype in dtypes.items()}
 
     def prepare(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The node's constants as the kernel reads them: the weights', then the epilogue's."""

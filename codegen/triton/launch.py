@@ -14,8 +14,8 @@ import functools
 import importlib.util
 import logging
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from fxcompress.codegen.triton.pieces import Piece, Source, folded, pieces
 from fxcompress.core.errors import SpecError
 
 log = logging.getLogger("fxcompress.kernels")
+T = TypeVar("T")
 
 FOLDED = 16  # tokens up to which a norm is done in the products that read it: more would be normalised again and again
 
@@ -40,9 +41,6 @@ def run(
 ) -> list[Tensor]:
     """The outputs of `spec`, as `evaluate` gives them; name: of the node, for a warning."""
     check(spec, tensors, extras)
-    if why := missing(card):
-        warn(name, why)
-        return evaluate(spec, x, tensors, extras)
     made: dict[int, Tensor] = {}
 
     def read(source: Source) -> Tensor:
@@ -59,15 +57,28 @@ def run(
         given, own_x = [read(source) for source in piece.extras], read(piece.x)
         if any(call.name == UNROWS for call in piece.spec.steps):  # what follows has the dimensions of x
             own_x = own_x.reshape(*x.shape[:-1], own_x.shape[-1])
-        try:
-            results = _run_piece(piece, own_x, own, given, card)
-        except _failures() as error:
-            warn(name, f"{error}".strip().removesuffix("."))
-            results = evaluate(piece.spec, own_x, own, given)
+        results = attempt(
+            functools.partial(_run_piece, piece, own_x, own, given, card),
+            functools.partial(evaluate, piece.spec, own_x, own, given),
+            card,
+            name,
+        )
         lead = x.shape[:-1]
         for at, flat, y in zip(piece.makes, piece.flat, results):
             made[at] = y.reshape(tokens, y.shape[-1]) if flat else y.reshape(*lead, y.shape[-1])
     return [made[i] for i in spec.outputs]
+
+
+def attempt(kernel: Callable[[], T], body: Callable[[], T], card: Card, name: str) -> T:
+    """What `kernel` gives; where it cannot be had, what `body` gives, after a warning that names the node."""
+    if why := missing(card):
+        warn(name, why)
+        return body()
+    try:
+        return kernel()
+    except _failures() as error:
+        warn(name, f"{error}".strip().removesuffix("."))
+        return body()
 
 
 @functools.cache

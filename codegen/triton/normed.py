@@ -17,7 +17,7 @@ from torch import Tensor
 from fxcompress.codegen.ops.fused import evaluate
 from fxcompress.codegen.spec import Argument, Call, Constant, Input, Spec, behind, given
 from fxcompress.codegen.triton.gemm import Product, Prologue, gemm
-from fxcompress.codegen.triton.kernel import Compute, Config
+from fxcompress.codegen.triton.kernel import Compute, Config, Launch
 from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.codegen.triton.norm import Norm
 
@@ -108,6 +108,10 @@ class NormedProduct(Product):
         names = {False: "fused_linear", True: "fused_linear_split"}
         loader, outputs = self.loaders[-1][1], self.stored
         return {name: gemm(name, loader, self.epilogue, outputs, split, prologue) for split, name in names.items()}
+
+    @property
+    def aside(self) -> list[Launch]:
+        return []  # apart, the norm and the product are kernels of their own
 
     @property
     def flops(self) -> int:

@@ -27,7 +27,7 @@ from fxcompress.codegen.spec import Call, Constant
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, store
-from fxcompress.codegen.triton.kernel import Config, Kernel
+from fxcompress.codegen.triton.kernel import Config, Kernel, Launch
 from fxcompress.codegen.triton.loaders.base import TYPES, Loader
 
 PREFIX = "w_"
@@ -175,6 +175,12 @@ class RoundedProduct(Kernel):
     def forms(self) -> dict[str, str]:
         multiply = fused_rounded(MULTIPLY, self.weight, self.epilogue, self.spec.outputs)
         return {ROUND: round_tokens(ROUND, self.weight), MULTIPLY: multiply}
+
+    @property
+    def aside(self) -> list[Launch]:
+        q = "*" + TYPES[self.weight.elements.dtype]
+        types = {"x": "*" + TYPES[self.dtype], "smooth": "*fp32", "q": q, "step": "*fp32"}
+        return [Launch(ROUND, types, {}, False)]
 
     def form(self, config: Config) -> str:
         return MULTIPLY

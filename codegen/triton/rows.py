@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ import torch
 from fxcompress.codegen.spec import Argument, Call, Constant, Extra, Input, Spec, Value, given
 from fxcompress.codegen.triton.epilogue import Kind, Printer
 from fxcompress.codegen.triton.gemm import indent, store
-from fxcompress.codegen.triton.kernel import Config, Kernel
+from fxcompress.codegen.triton.kernel import Config, Kernel, Launch
 from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.codegen.triton.norm import norm_of
 from fxcompress.core.errors import SpecError
@@ -99,6 +99,9 @@ def {NAME}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 {indent([*self.epilogue.lines, *store(self.epilogue, self.spec.outputs)], 4)}
 """
         }
+
+    def launches(self, config: Config) -> list[Launch]:
+        return [replace(launch, multiplies=False) for launch in super().launches(config)]
 
     def form(self, config: Config) -> str:
         return NAME
