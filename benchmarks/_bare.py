@@ -15,7 +15,9 @@ NEEDED = ("scipy", "safetensors", "tabulate", "tqdm")
 
 
 def use() -> None:
-    """Before the first import of fxcompress. Does nothing where everything is there."""
+    """Before the first import of fxcompress. Does nothing where everything is there; ends where Triton is not."""
+    if importlib.util.find_spec("triton") is None:
+        sys.exit("kernels are compiled by Triton, which is not installed here: pip install 'triton>=3.6'")
     if "fxcompress" in sys.modules or all(importlib.util.find_spec(name) for name in NEEDED):
         return
     package = ModuleType("fxcompress")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,8 @@ SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336))  # rows x columns: outputs 
 TOKENS = (1, 16, 64, 256, 1024)
 DENSE = "cuBLAS bf16"
 AUTOTUNED = "max-autotune"
-Call = Callable[[], object]
-# rows, columns, x, constants of the family -> the rival's call, on weights of its own
-Rival = Callable[[int, int, Tensor, list[Tensor]], Call]
+# rows, columns, x, the family's constants -> the rival's weights, and its call on one copy of them
+Rival = Callable[[int, int, Tensor, list[Tensor]], tuple[list[Tensor], Callable[[list[Tensor]], object]]]
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,16 @@ class Family:
         return (*self.bars, Bar(DENSE, 1.0))
 
 
-def _tinygemm(rows: int, columns: int, x: Tensor, _: list[Tensor]) -> Call:
+def _tinygemm(rows: int, columns: int, x: Tensor, _: list[Tensor]) -> Any:
     """torch's own 4-bit product, groups of 128."""
     codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=x.device)
     packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
     marks = torch.randn(columns // 128, rows, 2, device=x.device).to(x.dtype)
-    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, 128, marks)
+    return [packed, marks], lambda own: torch.ops.aten._weight_int4pack_mm(x, own[0], 128, own[1])
 
 
-def _two_products(rows: int, columns: int, x: Tensor, tensors: list[Tensor]) -> Call:
-    v, u = (t.clone() for t in tensors)
-    return lambda: F.linear(F.linear(x, v), u)
+def _two_products(rows: int, columns: int, x: Tensor, tensors: list[Tensor]) -> Any:
+    return tensors, lambda own: F.linear(F.linear(x, own[0]), own[1])
 
 
 def _dense(rows: int, columns: int) -> str:

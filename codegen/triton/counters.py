@@ -51,7 +51,7 @@ def lent(device: torch.device) -> Iterator[None]:
 
 
 def _take(count: int, device: torch.device, grow: bool) -> Tensor:
-    slab, given = _slabs.get(device, (torch.empty(0, dtype=torch.int32, device=device), 0))
+    slab, given = _slabs.get(device, (torch.empty(0, dtype=torch.int32), 0))
     if given + count > len(slab):
         if not grow:  # inside a capture: zeroed by the graph, at every replay
             return torch.zeros(count, dtype=torch.int32, device=device)

@@ -24,7 +24,7 @@ from torch import Tensor
 from fxcompress.codegen.triton.counters import lent
 from fxcompress.core.errors import KernelError
 
-log = logging.getLogger("fxcompress.kernels")
+log = logging.getLogger("fxcompress.timing")
 
 CACHES = 3  # copies fill the cache this often: one in turn has been driven out by the time it comes round
 MOST_COPIES = 64
