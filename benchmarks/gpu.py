@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report(json.loads(options.table.read_text(encoding="utf-8"))))
         return 0
     try:
-        device = timing.need_cuda("benchmarks/gpu.py")
+        device = timing.need_cuda("measuring kernels")
     except KernelError as error:
         print(f"benchmarks/gpu.py: {error}", file=sys.stderr)
         return 1

@@ -82,7 +82,7 @@ def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch):
     assert gpu.main([]) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert "benchmarks/gpu.py needs a CUDA GPU, and torch" in said.err
+    assert "benchmarks/gpu.py: measuring kernels needs a CUDA GPU, and torch" in said.err
     assert "run it on the machine that will run the model" in said.err
 
 
