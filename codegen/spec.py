@@ -15,8 +15,9 @@ arguments stand in the order of the op's schema, all others are named; an argume
 equal programs have equal texts. `unrows(_)` gives a matrix the leading dimensions of x again. A node with several
 outputs ends in `outputs(step[0], _)`.
 
-A kernel generator reads: a call on x or rows is a product (main loop), the calls nested in it say how its weights are
-kept (loaders), every other step is pointwise (epilogue), with operands that broadcast to the product.
+A kernel generator reads: a linear of x, rows or a norm of them is a product (main loop), the calls nested in it say how
+its weights are kept (loaders), every other step is pointwise (epilogue), with operands that broadcast to the product,
+or acts on whole rows (layer_norm, rms_norm, mean).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -46,9 +47,10 @@ POINTWISE = (
     aten.rsqrt.default, aten.sigmoid.default, aten.silu.default, aten.softplus.default, aten.sqrt.default,
     aten.square.default, aten.sub.Tensor, aten.tanh.default, aten.to.dtype,
 )  # fmt: skip
+ROWWISE = (aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim)  # over the last dimension
 UNROWS, OUTPUTS = "unrows", "outputs"
 _ATEN: Mapping[str, OpOverload] = {
-    op._schema.name.removeprefix("aten::"): op for op in PRODUCTS + OF_CONSTANTS + POINTWISE
+    op._schema.name.removeprefix("aten::"): op for op in PRODUCTS + OF_CONSTANTS + POINTWISE + ROWWISE
 }
 
 
@@ -139,6 +141,11 @@ class Spec:
         """The types of `tensors`."""
         return tuple(a for a in leaves(self.steps) if isinstance(a, Constant))
 
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Every place that reads x."""
+        return tuple(a for a in leaves(self.steps) if isinstance(a, Input))
+
     @functools.cached_property
     def extras(self) -> int:
         """How many `extras` there are."""
@@ -181,6 +188,13 @@ def beside(specs: Iterable[Spec], extras: Iterable[tuple[int, ...]]) -> Spec:
         steps += [_renumbered(call, start, numbers) for call in spec.steps]
         outputs += [start + i for i in spec.outputs]
     return Spec(tuple(steps), tuple(outputs))
+
+
+def after(calls: Sequence[Call], spec: Spec) -> Spec:
+    """`spec` reading the last of `calls` as its input."""
+    last = Value(len(calls) - 1)
+    steps = tuple(_renumbered(call, len(calls), range(spec.extras), last) for call in spec.steps)
+    return Spec((*calls, *steps), tuple(len(calls) + i for i in spec.outputs))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -309,15 +323,19 @@ def leaves(values: Iterable[Argument]) -> Iterator[Argument]:
             yield from leaves(inner)
 
 
-def _renumbered(call: Call, start: int, numbers: tuple[int, ...]) -> Call:
+def _renumbered(call: Call, start: int, numbers: Sequence[int], x: Value | None = None) -> Call:
+    """Steps counted from `start`, extras by `numbers`; `x` in place of the input."""
+
     def moved(value: Argument) -> Any:
         match value:
             case Value(index):
                 return Value(start + index)
             case Extra(index):
                 return Extra(numbers[index])
+            case Input():
+                return x or value
             case Call():
-                return _renumbered(value, start, numbers)
+                return _renumbered(value, start, numbers, x)
             case tuple():
                 return tuple(map(moved, value))
         return value

@@ -34,6 +34,7 @@ from torch._export.serde.schema import ExportedProgram as Program
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from fxcompress.codegen.triton.listing import list_kernels
 from fxcompress.core.capture import recapture, unlift
 from fxcompress.core.errors import CheckpointError, FxcompressError
 from fxcompress.core.plan import Plan
@@ -93,7 +94,9 @@ def load(folder: str | os.PathLike[str]) -> SignedModule:
         told = json.loads(_unpack(contents[PLAN]))
         signature = Signature.from_json(manifest["signature"])
         if told["plan"] is None:
-            gm.meta.update(signature=signature, report=RestructureReport.from_json(told["report"]))
+            gm.meta.update(
+                signature=signature, report=RestructureReport.from_json(told["report"]), kernels=list_kernels
+            )
             return gm
         plan = Plan.from_json(told["plan"])
         report = Report.from_json({**told["report"], "measured_bytes": int(manifest["measured_bytes"])})
@@ -114,7 +117,7 @@ def refuse_existing(target: Path) -> None:
 
 def attach(gm: SignedModule, signature: Signature, plan: Plan, report: Report) -> SignedModule:
     """Give a graph its plan and report, and the call checks."""
-    gm.meta.update(signature=signature, plan=plan, report=report)
+    gm.meta.update(signature=signature, plan=plan, report=report, kernels=list_kernels)
     return gm
 
 

@@ -76,6 +76,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     compiled = load(options.folder)
+    if options.kernels:
+        _print(options, [kernel.to_json() for kernel in compiled.kernels], str(compiled.kernels))
+        return
     plan, report = compiled.meta["plan"], compiled.meta["report"]
     if options.explain:
         _print(
@@ -104,9 +107,10 @@ def _kernels(options: argparse.Namespace) -> None:
     catalogue = _catalogue(options.arch)
     rows = list(catalogue.compile_all(options.arch))
     data = [
-        {"kernel": row.entry.name, "config": asdict(row.config), "registers": row.report.registers,
-         "spill_bytes": row.report.spill_bytes, "shared_bytes": row.report.shared_bytes,
-         "instructions": dict(row.report.instructions), "bound": row.mix.bound(row.entry.bits), "faults": row.faults}
+        {"kernel": row.entry.name, "function": row.launch.form, "config": asdict(row.config),
+         "registers": row.report.registers, "spill_bytes": row.report.spill_bytes,
+         "shared_bytes": row.report.shared_bytes, "instructions": dict(row.report.instructions),
+         "bound": row.mix.bound(row.entry.bits), "faults": row.faults}
         for row in rows
     ]  # fmt: skip
     _print(options, {"arch": options.arch, "kernels": data}, catalogue.table(rows))
@@ -205,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
     inspect.add_argument("folder", metavar="DIR", help="folder written by `fxcompress compress` or fxcompress.save")
     inspect.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
+    inspect.add_argument("--kernels", action="store_true", help="print the GPU kernels it runs, and where they are")
     return parser
 
 

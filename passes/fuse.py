@@ -32,6 +32,7 @@ from fxcompress.codegen.spec import (
     OF_CONSTANTS,
     POINTWISE,
     PRODUCTS,
+    ROWWISE,
     UNROWS,
     Argument,
     Call,
@@ -46,6 +47,7 @@ from fxcompress.core.fusing import collapse, crosses_mutation
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.surgery import attribute_of
 from fxcompress.passes.fuse_horizontal import merge_parallel
+from fxcompress.passes.fuse_norms import fold_norms
 
 aten = torch.ops.aten
 FUSED, PARALLEL = fused.fused._opoverload, fused.fused_parallel._opoverload
@@ -62,6 +64,7 @@ def fuse(gm: SignedModule) -> SignedModule:
         if node not in taken and _is_head(node):
             taken |= _collapse(node)
     merge_parallel(work.graph)
+    fold_norms(work.graph)
     work.graph.eliminate_dead_code()
     work.graph.lint()
     work.recompile()
@@ -110,7 +113,7 @@ def _follows(node: fx.Node, trial: set[fx.Node], x: fx.Node) -> bool:
     inside = [a for a in node.all_input_nodes if a in trial]
     if _returns_to(node, x):
         return True
-    if node.target not in POINTWISE and not _is_identity(node):
+    if node.target not in POINTWISE and not _is_identity(node) and not _is_norm(node, inside):
         return False
     given = _given(node).values()
     if not all(isinstance(a.meta.get("val"), Tensor) if isinstance(a, fx.Node) else is_literal(a) for a in given):
@@ -246,6 +249,17 @@ def _is_constant(node: fx.Node) -> bool:
 
 def _has_own(node: fx.Node) -> bool:
     return node.target in OWN or any(map(_has_own, node.all_input_nodes))
+
+
+def _is_norm(node: fx.Node, inside: list[fx.Node]) -> bool:
+    """True for a layer_norm or rms_norm of one call inside, over its last dimension, by constants."""
+    if node.target not in ROWWISE[:2]:
+        return False
+    given = _given(node)
+    others = [value for value in given.values() if isinstance(value, fx.Node) and value not in inside]
+    return [given["input"]] == inside and len(given["normalized_shape"]) == 1 and all(  # type: ignore[arg-type]
+        other.op == "get_attr" for other in others
+    )
 
 
 def _is_identity(node: fx.Node) -> bool:

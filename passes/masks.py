@@ -136,7 +136,8 @@ def prune(weight: Tensor, metric: Metric, pattern: Pattern, by: str) -> Pruned:
         y, keep = _prune(x, metric, pattern, by, p)
         keep = keep.T.contiguous()
         values = y.T.masked_select(keep).reshape(len(part), -1) * largest
-        limit = torch.finfo(weight.dtype).max  # the refit may grow a weight past what float16 holds
+        # The refit may grow a weight past what float16 holds; values are float32.
+        limit = min(torch.finfo(weight.dtype).max, torch.finfo(values.dtype).max)
         parts.append(Pruned(keep, values.clamp(-limit, limit)))
     return Pruned(*(torch.cat(t) for t in zip(*parts)))
 

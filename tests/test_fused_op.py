@@ -108,3 +108,13 @@ def test_tensors_that_are_not_those_of_the_spec_are_refused():
     wrong = r"tensors\[1\] is torch.float16 \[80, 4\]; the program was made for torch.float32 \[80, 4\]. Convert a"
     with pytest.raises(SpecError, match=wrong):
         fused(x, [tensors[0], tensors[1].half(), tensors[2]], extras, text)
+
+
+def test_no_extras_may_be_none_with_gradients_as_well():
+    x, tensors, _, _ = example(SEVERAL.split(" | ")[0])
+    text, want = SEVERAL.split(" | ")[0], x.clone().requires_grad_()
+    fused(want, tensors, [], text).sum().backward()
+    x.requires_grad_()
+    assert set(torch.library.opcheck(fused, (x, tensors, None, text, "up")).values()) == {"SUCCESS"}
+    fused(x, tensors, None, text, "up").sum().backward()
+    assert torch.equal(x.grad, want.grad)

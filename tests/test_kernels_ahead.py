@@ -26,13 +26,15 @@ def rows(tmp_path_factory):
 
 
 def test_on_sm_90_nothing_is_at_fault_and_every_product_is_on_its_tensor_cores(rows):
-    assert len(rows) == sum(len(entry.configs) for entry in ENTRIES)
+    assert {(row.entry.name, row.config) for row in rows} == {(e.name, config) for e in ENTRIES for config in e.configs}
     assert [(row.entry.name, row.config, row.faults) for row in rows if row.faults] == []
     assert all(row.report.instructions["wgmma"] for row in rows)
 
 
 def test_weights_arrive_by_asynchronous_copies(rows):
-    assert all(row.report.instructions["cp.async"] for row in rows)
+    # The first factor of the train has the columns of a single step: there is no next one to load ahead.
+    looped = [row for row in rows if row.launch.form != "fused_train_inner"]
+    assert all(row.report.instructions["cp.async"] for row in looped)
 
 
 def test_unpacking_stays_on_the_fast_path(rows):

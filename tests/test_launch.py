@@ -193,11 +193,11 @@ def test_a_card_that_is_too_old(caplog):
 def test_triton_that_is_missing(caplog, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a))
-    launch._missing.cache_clear()
+    launch.missing.cache_clear()
     try:
         said = warned(caplog, f"linear(x, {Q})")
     finally:
-        launch._missing.cache_clear()
+        launch.missing.cache_clear()
     assert said.endswith("as plain PyTorch: Triton is not installed (pip install 'fxcompress[triton]').")
 
 

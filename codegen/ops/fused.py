@@ -1,7 +1,7 @@
 """One node for a product, the way its weights are kept, and everything pointwise that follows.
 
     x (..., in)    tensors: the constants    extras: other activations    spec: fxcompress.codegen.spec
-    name: of the modules it stands for, for messages
+    name: of the modules it stands for, for messages. No extras are None too: AOTInductor makes that of an empty list.
 
     fused                one output                fused_parallel    several: products that share their input
 
@@ -25,40 +25,44 @@ from torch import Tensor
 from fxcompress.codegen.spec import UNROWS, Argument, Call, Constant, Extra, Input, Spec, Value, op_of, parse, type_of
 from fxcompress.core.errors import SpecError
 
+_TAKES = "(Tensor x, Tensor[] tensors, Tensor[]? extras, str spec, str name='') -> "
 
-@torch.library.custom_op("fxcompress::fused", mutates_args=())
-def fused(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> Tensor:
+
+@torch.library.custom_op("fxcompress::fused", mutates_args=(), schema=f"{_TAKES}Tensor")
+def fused(x: Tensor, tensors: list[Tensor], extras: list[Tensor] | None, spec: str, name: str = "") -> Tensor:
     """The meaning of the op, and its implementation wherever no kernel is registered."""
-    (output,) = evaluate(parse(spec), x, tensors, extras)
+    (output,) = evaluate(parse(spec), x, tensors, extras or [])
     return output
 
 
-@torch.library.custom_op("fxcompress::fused_parallel", mutates_args=())
-def fused_parallel(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> list[Tensor]:
+@torch.library.custom_op("fxcompress::fused_parallel", mutates_args=(), schema=f"{_TAKES}Tensor[]")
+def fused_parallel(
+    x: Tensor, tensors: list[Tensor], extras: list[Tensor] | None, spec: str, name: str = ""
+) -> list[Tensor]:
     """The same with the several outputs of `spec`."""
-    return evaluate(parse(spec), x, tensors, extras)
+    return evaluate(parse(spec), x, tensors, extras or [])
 
 
 @fused.register_fake
-def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> Tensor:
-    (output,) = evaluate(parse(spec), x, tensors, extras)
+def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor] | None, spec: str, name: str = "") -> Tensor:
+    (output,) = evaluate(parse(spec), x, tensors, extras or [])
     return output
 
 
 @fused_parallel.register_fake
-def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> list[Tensor]:
-    return evaluate(parse(spec), x, tensors, extras)
+def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor] | None, spec: str, name: str = "") -> list[Tensor]:
+    return evaluate(parse(spec), x, tensors, extras or [])
 
 
 @fused.register_kernel("cuda")
-def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> Tensor:
-    (output,) = _on_gpu(x, tensors, extras, spec, name)
+def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor] | None, spec: str, name: str = "") -> Tensor:
+    (output,) = _on_gpu(x, tensors, extras or [], spec, name)
     return output
 
 
 @fused_parallel.register_kernel("cuda")
-def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str = "") -> list[Tensor]:
-    return _on_gpu(x, tensors, extras, spec, name)
+def _(x: Tensor, tensors: list[Tensor], extras: list[Tensor] | None, spec: str, name: str = "") -> list[Tensor]:
+    return _on_gpu(x, tensors, extras or [], spec, name)
 
 
 def _on_gpu(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, name: str) -> list[Tensor]:
@@ -123,13 +127,13 @@ def _apply(call: Call, x: Tensor, constants: Iterator[Tensor], extras: Sequence[
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, tensors, extras, ctx.spec, _ = inputs
     ctx.constants = len(tensors)
-    ctx.save_for_backward(x, *tensors, *extras)
+    ctx.save_for_backward(x, *tensors, *(extras or []))
 
 
 def _backward(ctx: Any, dy: Tensor | list[Tensor | None]) -> tuple[Any, ...]:
     tensors = ctx.constants
     need_x, need_tensors, need_extras, *texts = ctx.needs_input_grad
-    needed = [need_x, *need_tensors, *need_extras]
+    needed = [need_x, *need_tensors, *(need_extras if isinstance(need_extras, list | tuple) else [])]
     inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed)]
     with torch.enable_grad():
         outputs = evaluate(parse(ctx.spec), inputs[0], inputs[1 : 1 + tensors], inputs[1 + tensors :])
@@ -138,8 +142,9 @@ def _backward(ctx: Any, dy: Tensor | list[Tensor | None]) -> tuple[Any, ...]:
     made = torch.autograd.grad([y for y, _ in pairs], wanted, [d for _, d in pairs], allow_unused=True)
     found = iter(made)
     gradients = [next(found) if need else None for need in needed]
+    own = gradients[1 + tensors :] if isinstance(need_extras, list | tuple) else None
     # a name that was left out is no input
-    return gradients[0], gradients[1 : 1 + tensors], gradients[1 + tensors :], *(None for _ in texts)
+    return gradients[0], gradients[1 : 1 + tensors], own, *(None for _ in texts)
 
 
 fused.register_autograd(_backward, setup_context=_setup_context)

@@ -2,7 +2,7 @@
 
     python -m fxcompress.cli kernels --arch 90
 
-One row a kernel and config, compiled ahead of time for a card that need not be there: registers, spills, shared memory,
+One row a launch and config, compiled ahead of time for a card that need not be there: registers, spills, shared memory,
 blocks a multiprocessor, the tensor-core instructions found, integer instructions a weight, and the bound that these put
 on its share of the memory's bandwidth (fxcompress.codegen.triton.issue).
 """
@@ -17,9 +17,10 @@ import torch
 from fxcompress.codegen.packing import packed_bytes
 from fxcompress.codegen.spec import parse
 from fxcompress.codegen.triton.ahead import KernelReport, compile_ahead
+from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.generate import generate
 from fxcompress.codegen.triton.issue import Mix, mix
-from fxcompress.codegen.triton.kernel import Config
+from fxcompress.codegen.triton.kernel import Config, Launch
 
 SIZE, RANK = 4096, 128
 DECODE, SPLIT, PREFILL = Config(16, 128, 1, 4, 4), Config(16, 128, 4, 4, 4), Config(64, 128, 1, 8, 3)
@@ -51,6 +52,8 @@ def _linear(weight: str) -> str:
 
 _FLOAT8 = f"dequantize_float8(uint8[{SIZE}, {SIZE}], float32[{SIZE}, 1], dtype=bfloat16)"
 _TWO_OF_FOUR = f"unmask_2_4(uint8[{SIZE}, {packed_bytes(SIZE // 4, 3)}], bfloat16[{SIZE}, {SIZE // 2}])"
+_CORES = ", ".join(["bfloat16[4, 64]", *["bfloat16[64, 64]"] * 4, "bfloat16[64, 4]"])  # rank 16
+_DIGITS = [4] * 6
 _U = f"bfloat16[{SIZE}, {RANK}]"
 ENTRIES = (
     Entry("dense", _linear(f"bfloat16[{SIZE}, {SIZE}]"), 16, 64, (DECODE, SPLIT, PREFILL)),
@@ -68,15 +71,22 @@ ENTRIES = (
     Entry("quaternion int4", f"quaternion_linear(x, {dequantize(4, 64, SIZE // 4)})", 4.25, 128, (NARROW,)),
     Entry("int8 x int8", f"int8_dynamic_linear(x, int8[{SIZE}, {SIZE}], float32[{SIZE}], float32[{SIZE}])", 8, 64,
           (DECODE, Config(128, 128, 1, 8, 3))),
+    Entry("blocks", f"block_low_rank_linear(x, bfloat16[1024, {SIZE}], bfloat16[{SIZE}, 1024], blocks=4)", 16, 64,
+          (NARROW, PREFILL)),
+    Entry("Monarch int4", f"monarch_linear(x, {dequantize(4, 64, 1024)}, {dequantize(4, 64, SIZE, 1024)}, blocks=4)",
+          4.25, 128, (NARROW, PREFILL)),
+    Entry("tensor train", f"tensor_train_linear(x, [{_CORES}], n={_DIGITS}, m={_DIGITS}, rows={SIZE})", 16, 64,
+          (NARROW, Config(64, 64, 1, 4, 3))),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel, compiled."""
+    """One launch of a kernel, compiled."""
 
     entry: Entry
     config: Config
+    launch: Launch
     report: KernelReport
 
     @property
@@ -92,7 +102,7 @@ class Row:
     def mix(self) -> Mix:
         """Of the main loop."""
         threads = 32 * self.config.warps
-        return mix(self.report.sass, self.config.block_n * self.entry.step / threads)
+        return mix(self.report.sass, self.launch.constants["BLOCK_N"] * self.entry.step / threads)
 
 
 def compile_all(arch: int) -> Iterator[Row]:
@@ -100,11 +110,12 @@ def compile_all(arch: int) -> Iterator[Row]:
     for entry in ENTRIES:
         kernel = generate(parse(f"{entry.product} | gelu(_) | add(_, extra[0])"), torch.bfloat16, ("full",))
         for config in entry.configs:
-            report = compile_ahead(
-                kernel.function(config), kernel.signature(config), kernel.constants(config), arch,
-                config.warps, config.stages, unaligned=("M",),
-            )  # fmt: skip
-            yield Row(entry, config, report)
+            for launch in kernel.launches(config):
+                function = getattr(load_source(kernel.source), launch.form)
+                report = compile_ahead(
+                    function, launch.signature, launch.constants, arch, config.warps, config.stages, unaligned=("M",)
+                )
+                yield Row(entry, config, launch, report)
 
 
 def table(rows: list[Row]) -> str:
@@ -117,11 +128,12 @@ def table(rows: list[Row]) -> str:
         counts = {name: r.instructions[name] for name in ("wgmma", "mma", "tcgen05")}
         cores = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         split = f" / {c.split}" if c.split > 1 else ""
+        tile = row.launch.constants["BLOCK_N"]
         lines.append((
-            row.entry.name, f"{c.block_m} x {c.block_n}{split}", f"{c.warps}", r.registers, r.spill_bytes,
-            f"{r.shared_bytes / 1024:.0f}", r.blocks_per_multiprocessor, cores, f"{row.mix.integer:.2f}",
+            row.entry.name, r.name.removeprefix("fused_"), f"{c.block_m} x {tile}{split}", f"{c.warps}", r.registers,
+            r.spill_bytes, f"{r.shared_bytes / 1024:.0f}", r.blocks_per_multiprocessor, cores, f"{row.mix.integer:.2f}",
             f"{row.mix.bound(row.entry.bits):.0%}", "; ".join(row.faults) or "none",
         ))  # fmt: skip
-    heads = ["kernel", "tile", "warps", "registers", "spills", "shared KiB", "blocks", "tensor cores"]
+    heads = ["kernel", "function", "tile", "warps", "registers", "spills", "shared KiB", "blocks", "tensor cores"]
     heads += ["integer / weight", "bound", "faults"]
     return tabulate(lines, headers=heads, disable_numparse=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,12 +33,31 @@ PREFIX = "w_"
 MOST_TOKENS = 128  # of the fused kernel, where no table says otherwise
 
 
-def gemm(name: str, loader: Loader, epilogue: Epilogue, outputs: Sequence[int], split: bool) -> str:
-    """The text of the kernel. Arguments: x, one y an output, the loader's, the epilogue's, the workspace where it
-    splits, M; BLOCK_M, BLOCK_N and SPLIT are constexprs."""
-    finish = [*epilogue.lines, *store(epilogue, outputs)]
-    arguments = ["x", *(f"y{i}" for i in range(len(outputs))), *(PREFIX + p for p in loader.pointers)]
-    arguments += [f"p_{o.name}" for o in epilogue.operands] + (["partials", "arrived"] if split else [])
+@dataclass(frozen=True)
+class Prologue:
+    """What is done to x on its way into a product.
+
+    arguments: pointers. start: lines before the loop. tile: lines after each x_tile (columns, BLOCK_M) is read. sums:
+    names of what they add up, (BLOCK_M,). finish: lines that put acc right at the end.
+    """
+
+    arguments: tuple[str, ...] = ()
+    start: tuple[str, ...] = ()
+    tile: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+    finish: tuple[str, ...] = ()
+
+
+def gemm(
+    name: str, loader: Loader, epilogue: Epilogue, outputs: Sequence[int], split: bool, prologue: Prologue = Prologue()
+) -> str:
+    """The text of the kernel. Arguments: x, one y an output, the prologue's, the loader's, the epilogue's, the
+    workspace where it splits, M; BLOCK_M, BLOCK_N and SPLIT are constexprs."""
+    finish = [*prologue.finish, *epilogue.lines, *store(epilogue, outputs)]
+    span = Span(loader.columns, f"ps * {loader.step}", programs="SPLIT")
+    arguments = ["x", *(f"y{i}" for i in range(len(outputs))), *prologue.arguments]
+    arguments += [*(PREFIX + p for p in loader.pointers), *(f"p_{o.name}" for o in epilogue.operands)]
+    arguments += ["partials", *(f"partial_{s}" for s in prologue.sums), "arrived"] if split else []
     return f"""@triton.jit
 def {name}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
     N: tl.constexpr = {loader.rows}
@@ -48,18 +68,30 @@ def {name}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     rm = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n_in, m_in = rn < N, rm < M
     inside = n_in[:, None] & m_in[None, :]
-{indent(walk(loader, PREFIX, "BLOCK_N", "ps", "SPLIT"), 4)}
-{indent(_finish_last(finish) if split else finish, 4)}
+{indent([*prologue.start, *walk(loader, PREFIX, "BLOCK_N", span, prologue.tile)], 4)}
+{indent(_finish_last(finish, prologue.sums) if split else finish, 4)}
 """
 
 
-def walk(loader: Loader, prefix: str, rows: str, first: str = "0", programs: str = "1") -> list[str]:
-    """acc (rows, BLOCK_M) = W x^T by a loop over the columns of W, those steps that are this program's."""
-    every = f"{loader.step} * {programs}" if programs != "1" else str(loader.step)
+@dataclass(frozen=True)
+class Span:
+    """The columns of a weight that a loop walks, and where the activations that meet them lie."""
+
+    columns: int
+    first: str = "0"
+    last: str = "K"
+    programs: str = "1"  # that share them, a step each in turn
+    x: str = "x + rm.to(tl.int64)[None, :] * K + column[:, None]"  # of token rm and `column`
+
+
+def walk(loader: Loader, prefix: str, rows: str, span: Span, tile: Sequence[str] = ()) -> list[str]:
+    """acc (rows, BLOCK_M) = W x^T by a loop over the columns of `span`, those steps that are this program's; `tile` is
+    done to each x_tile."""
+    every = f"{loader.step} * {span.programs}" if span.programs != "1" else str(loader.step)
     lines = [f"acc = tl.zeros(({rows}, BLOCK_M), tl.float32)", *loader.once(prefix)]
     lines += ["total = tl.zeros((BLOCK_M,), tl.float32)"] if _sums_all(loader) else []
-    lines.append(f"for k in range({first} * {loader.step}, K, {every}):")
-    body = step(loader, prefix, [_activations(loader, plane) for plane in range(loader.planes)])
+    lines.append(f"for k in range({span.first}, {span.last}, {every}):")
+    body = step(loader, prefix, [[*_activations(loader, plane, span), *tile] for plane in range(loader.planes)])
     return [*lines, *(f"    {line}" for line in body), *scale_all(loader, prefix)]
 
 
@@ -104,29 +136,34 @@ def indent(lines: Sequence[str], by: int) -> str:
     return textwrap.indent("\n".join(lines), " " * by)
 
 
-def _activations(loader: Loader, plane: int) -> list[str]:
-    inside = "m_in[None, :]" if loader.columns % loader.step == 0 else "m_in[None, :] & (column < K)[:, None]"
-    return [
-        f"column = {loader.column(plane)}",
-        f"x_tile = tl.load(x + rm.to(tl.int64)[None, :] * K + column[:, None], mask={inside}, other=0.0)",
-    ]
+def _activations(loader: Loader, plane: int, span: Span) -> list[str]:
+    whole = span.columns % loader.step == 0
+    inside = "m_in[None, :]" if whole else f"m_in[None, :] & (column < {span.last})[:, None]"
+    return [f"column = {loader.column(plane)}", f"x_tile = tl.load({span.x}, mask={inside}, other=0.0)"]
 
 
 def _sums_all(loader: Loader) -> bool:
     return loader.needs_total and not loader.runs()
 
 
-def _finish_last(finish: Sequence[str]) -> list[str]:
+def _finish_last(finish: Sequence[str], sums: Sequence[str]) -> list[str]:
+    of_tile = "({0} * tl.num_programs(0) + pn) * M + rm"
     return [
         "mine = partials + (ps * M + rm).to(tl.int64)[None, :] * N + rn[:, None]",
         "tl.store(mine, acc, mask=inside)",
+        *(f"tl.store(partial_{s} + {of_tile.format('ps')}, {s}, mask=m_in)" for s in sums),
         "tl.debug_barrier()  # every thread's part is written before the counter moves",
         "counter = arrived + pm * tl.num_programs(0) + pn",
         'if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:',
         "    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)",
+        *(f"    {s} = tl.zeros((BLOCK_M,), tl.float32)" for s in sums),
         "    for j in range(SPLIT):",
         "        part_of_j = partials + (j * M + rm).to(tl.int64)[None, :] * N + rn[:, None]",
         '        acc += tl.load(part_of_j, mask=inside, other=0.0, cache_modifier=".cg")',
+        *(
+            f'        {s} += tl.load(partial_{s} + {of_tile.format("j")}, mask=m_in, other=0.0, cache_modifier=".cg")'
+            for s in sums
+        ),
         *(f"    {line}" for line in finish),
         "    tl.store(counter, 0)",
     ]
@@ -141,7 +178,7 @@ class Product(Kernel):
 
     @property
     def forms(self) -> dict[str, str]:
-        ((_, loader),) = self.loaders
+        loader = self.loaders[-1][1]
         names = {False: "fused_linear", True: "fused_linear_split"}
         fused = {name: gemm(name, loader, self.epilogue, self.spec.outputs, split) for split, name in names.items()}
         stores = store(self.epilogue, self.spec.outputs)
@@ -172,7 +209,7 @@ class Product(Kernel):
     def rule(self, tokens: int, multiprocessors: int) -> Config | None:
         """Two programs a multiprocessor, by splitting the columns where there are too few tiles; at most 8 ways, and
         four steps each."""
-        ((_, loader),) = self.loaders
+        loader = self.loaders[-1][1]
         if tokens > (MOST_TOKENS if self.dtype.itemsize == 2 else 16):  # no tensor cores multiply float32 as it is
             return None
         block_m = min(next(size for size in (16, 32, 64) if size >= min(tokens, 64)), loader.most_tokens)
@@ -200,7 +237,7 @@ class Product(Kernel):
         return outputs
 
     def _unpacked(self, prepared: Sequence[Tensor], x: Tensor) -> Tensor:
-        ((_, loader),) = self.loaders
+        loader = self.loaders[-1][1]
         if isinstance(loader, Dense):
             return prepared[0].to(x.dtype)
         weight = x.new_empty(self.rows, self.columns)

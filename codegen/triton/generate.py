@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import torch
 
 from fxcompress.codegen.spec import Constant, Input, Spec, given
+from fxcompress.codegen.triton.block_low_rank import BlockLowRankProduct, MonarchProduct
 from fxcompress.codegen.triton.epilogue import Kind, print_epilogue
 from fxcompress.codegen.triton.gemm import Product
 from fxcompress.codegen.triton.int8 import Int8Product
 from fxcompress.codegen.triton.kernel import Kernel
 from fxcompress.codegen.triton.low_rank import LowRankProduct
 from fxcompress.codegen.triton.quaternion import QuaternionProduct
+from fxcompress.codegen.triton.tensor_train import TensorTrainProduct
 from fxcompress.core.errors import SpecError
 
 MAIN_LOOPS: tuple[tuple[str, type[Kernel]], ...] = (
@@ -25,6 +27,9 @@ MAIN_LOOPS: tuple[tuple[str, type[Kernel]], ...] = (
     ("low_rank_linear", LowRankProduct),
     ("quaternion_linear", QuaternionProduct),
     ("int8_dynamic_linear", Int8Product),
+    ("block_low_rank_linear", BlockLowRankProduct),
+    ("monarch_linear", MonarchProduct),
+    ("tensor_train_linear", TensorTrainProduct),
 )
 
 

@@ -149,6 +149,6 @@ class Int8Product(Kernel):
     def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
         return {"q": x.new_empty(x.shape, dtype=torch.int8), "step": x.new_empty(len(x), dtype=torch.float32)}
 
-    def before(self, x: Tensor, prepared: Sequence[Tensor], workspace: Mapping[str, Tensor]) -> None:
+    def before(self, x: Tensor, prepared: Sequence[Tensor], workspace: Mapping[str, Tensor], config: Config) -> None:
         rounding = getattr(load_source(self.source), ROUND)
         rounding[(len(x),)](x, prepared[2], workspace["q"], workspace["step"], num_warps=4)

@@ -47,6 +47,15 @@ Compute = Callable[[Spec, Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[t
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One function of a call: its name, Triton's types of the arguments that are no constexprs, and its constexprs."""
+
+    form: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Kernel(ABC):
     """A generated kernel: the texts of its forms, and how each is launched."""
 
@@ -92,8 +101,14 @@ class Kernel(ABC):
         """What it needs besides its arguments."""
         return {}
 
-    def before(self, x: Tensor, prepared: Sequence[Tensor], workspace: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def before(  # noqa: B027
+        self, x: Tensor, prepared: Sequence[Tensor], workspace: Mapping[str, Tensor], config: Config
+    ) -> None:
         """Launch what must have run before; x is (M, K)."""
+
+    def launches(self, config: Config) -> list[Launch]:
+        """The products of a call, in order."""
+        return [Launch(self.form(config), self.signature(config), self.constants(config))]
 
     @property
     def rows(self) -> int:
@@ -187,7 +202,7 @@ What it means: torch.ops.fxcompress.fused(x, tensors, extras, spec), the spec be
             return outputs
         own = sum(len(loader.pointers) for _, loader in self.loaders)
         workspace = self.workspace(rows, config)
-        self.before(rows, prepared, workspace)
+        self.before(rows, prepared, workspace, config)
         self.function(config)[self.grid(len(rows), config)](
             rows, *outputs, *prepared[:own], *self.operands(prepared, extras), *workspace.values(), len(rows),
             **self.constants(config), num_warps=config.warps, num_stages=config.stages,

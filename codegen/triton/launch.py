@@ -39,8 +39,8 @@ def run(
 ) -> list[Tensor]:
     """The outputs of `spec`, as `evaluate` gives them; name: of the node, for a warning."""
     check(spec, tensors, extras)
-    if missing := _missing(card):
-        warn(name, missing)
+    if why := missing(card):
+        warn(name, why)
         return evaluate(spec, x, tensors, extras)
     made: dict[int, Tensor] = {}
 
@@ -71,7 +71,7 @@ def warn(name: str, why: str) -> None:
 
 
 @functools.cache
-def _missing(card: Card) -> str | None:
+def missing(card: Card) -> str | None:
     """Why there are no kernels at all, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'fxcompress[triton]')"

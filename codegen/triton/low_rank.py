@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fxcompress.codegen.spec import Call, Input, Spec
 from fxcompress.codegen.triton.epilogue import Epilogue
-from fxcompress.codegen.triton.gemm import indent, scale_all, step, store, walk
+from fxcompress.codegen.triton.gemm import Span, indent, scale_all, step, store, walk
 from fxcompress.codegen.triton.kernel import Compute, Config, Kernel
 from fxcompress.codegen.triton.loaders import loader_of
 from fxcompress.codegen.triton.loaders.base import Loader
@@ -41,7 +41,8 @@ def low_rank(name: str, v: Loader, u: Loader, epilogue: Epilogue, outputs: Seque
     made: list[str] = []
     for i in range(slices):
         rows = [f"rn = {i * u.plane} + tl.arange(0, {u.plane})", f"n_in = rn < {u.columns}"]
-        slice_ = [*rows, *walk(v, V, str(u.plane)), f"t{i} = tl.where(n_in[:, None], acc, 0.0).to(FLOAT)"]
+        made_of = walk(v, V, str(u.plane), Span(v.columns))
+        slice_ = [*rows, *made_of, f"t{i} = tl.where(n_in[:, None], acc, 0.0).to(FLOAT)"]
         made += [_OWN.sub(r"\1_v", line) for line in slice_]  # Triton lets no variable change its shape in a loop
     used = ["acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)", *u.once(U)]
     used += ["total = tl.zeros((BLOCK_M,), tl.float32)"] if u.needs_total and not u.runs() else []

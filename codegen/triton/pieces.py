@@ -1,37 +1,56 @@
-"""A program with several products as kernels of one product each, in the order of the products.
+"""A program as kernels of one product each, and kernels of whole rows, in an order in which they can run.
 
-    linear(x, gate) | silu(_) | linear(x, up) | mul(step[1], _)
+    rms_norm(x, ...) | linear(_, gate) | silu(_) | linear(step[0], up) | mul(step[2], _) | layer_norm(_, ...)
 
-        piece 0     linear(x, gate) | silu(_)
-        piece 1     linear(x, up) | mul(value of step 1, _)
+        piece 0     rms_norm(x, ...)                      rows
+        piece 1     linear(x, gate) | silu(_)             x is what piece 0 made
+        piece 2     linear(x, up) | mul(extra[0], _)      so it is here; extra[0] is what piece 1 made
+        piece 3     layer_norm(x, ...)                    rows
 
-A pointwise step goes with the last product it needs; what an earlier piece made of it is written out once and read
-back, as any other activation. So Q, K and V become three pieces, and every piece is what a generator can take.
+A pointwise step goes with the last piece it needs anything of. What one piece made and another reads is written out
+once. For few tokens a norm before products is better done in each of them, while they read x anyway
+(fxcompress.codegen.triton.norm): `folded` puts it there, and piece 0 is gone.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fxcompress.codegen.spec import UNROWS, Argument, Call, Constant, Extra, Input, Spec, Value, leaves
+from fxcompress.codegen.spec import (
+    ROWWISE,
+    UNROWS,
+    Argument,
+    Call,
+    Constant,
+    Extra,
+    Input,
+    Spec,
+    Value,
+    after,
+    leaves,
+    name_of,
+)
+from fxcompress.codegen.triton.norm import norm_of
 
 Source = Extra | Value | Input  # an extra of the whole program, what one of its steps made, or its input
+_ROWWISE = frozenset(map(name_of, ROWWISE))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One product and what follows it.
+    """One kernel's share.
 
-    spec: its own program. tensors: the constants of the whole that it takes, in order. extras: where each of its extras
-    comes from. makes: the step of the whole program that each of its outputs is. flat: outputs that are matrices of all
-    rows, whatever dimensions x has.
+    spec: its own program, on x. tensors: the constants of the whole that it takes, in order. x, extras: where they come
+    from. makes: the step of the whole program that each of its outputs is. flat: outputs that are matrices of all rows,
+    whatever dimensions the input has.
     """
 
     spec: Spec
     tensors: tuple[int, ...]
+    x: Source
     extras: tuple[Source, ...]
     makes: tuple[int, ...]
     flat: tuple[bool, ...]
@@ -39,43 +58,75 @@ class Piece:
 
 @functools.lru_cache(maxsize=4096)
 def pieces(spec: Spec) -> tuple[Piece, ...]:
-    """`spec` in pieces; those of one product are one piece."""
-    owner = _owners(spec)
-    flat = _flat(spec)
-    constants = _constants(spec)
+    """`spec` in pieces, each after those it reads."""
+    owner, flat, constants = _owners(spec), _flat(spec), _constants(spec)
     read_by: dict[int, set[int]] = {}
     for at, call in enumerate(spec.steps):
         for value in _values(call.arguments):
             read_by.setdefault(value.index, set()).add(owner[at])
     made = []
-    for piece in range(max(owner) + 1):
+    for piece in sorted(set(owner)):
         members = [at for at, of in enumerate(owner) if of == piece]
         leaving = [at for at in members if at in spec.outputs or read_by.get(at, {piece}) != {piece}]
+        x = _x(spec, members)
         sources: list[Source] = []
-        steps = tuple(_moved(spec.steps[at], members, sources) for at in members)
-        tensors = tuple(number for at in members for number in constants[at])
-        outputs = tuple(members.index(at) for at in leaving)
-        kinds = tuple(flat[at] for at in leaving)
-        made.append(Piece(Spec(steps, outputs), tensors, tuple(sources), tuple(leaving), kinds))
+        steps = tuple(_moved(spec.steps[at], members, x, sources) for at in members)
+        made.append(
+            Piece(
+                Spec(steps, tuple(members.index(at) for at in leaving)),
+                tuple(number for at in members for number in constants[at]),
+                x,
+                tuple(sources),
+                tuple(leaving),
+                tuple(flat[at] for at in leaving),
+            )
+        )
     return tuple(made)
 
 
+@functools.lru_cache(maxsize=4096)
+def folded(spec: Spec) -> tuple[Piece, ...]:
+    """The same with a norm of the input done by every product that reads it, where products alone do."""
+    every = pieces(spec)
+    first = every[0]
+    if len(every) == 1 or is_product(first.spec.steps[0]) or norm_of(first.spec.steps) is None:
+        return every
+    made = {Value(at) for at in first.makes}
+    readers = [piece for piece in every if piece.x in made]
+    others = any(made.intersection(piece.extras) for piece in every) or made & set(map(Value, spec.outputs))
+    if others or not all(piece.spec.steps[0].name == "linear" for piece in readers):
+        return every
+    return tuple(
+        replace(p, spec=after(first.spec.steps, p.spec), tensors=first.tensors + p.tensors, x=first.x)
+        if p in readers
+        else p
+        for p in every[1:]
+    )
+
+
 def is_product(call: Call) -> bool:
-    """True for a call on the input whose other operands are constants: where a piece begins."""
-    constants = any(isinstance(a, Constant | Call) for a in call.arguments[1:])
-    return bool(call.args) and isinstance(call.args[0], Input) and constants and call.name.endswith("linear")
+    """True for a linear op, of whatever structure, of an activation and constants: where a piece begins."""
+    constants = any(isinstance(a, Constant | Call | tuple) for a in call.arguments[1:])
+    return call.name.endswith("linear") and constants and isinstance(call.args[0], Input | Value)
 
 
 def _owners(spec: Spec) -> list[int]:
-    """The piece of every step: that of the last product it needs."""
+    """The piece of every step."""
     owner: list[int] = []
-    products = 0
+    kinds: list[bool] = []  # of the pieces: True for a product
+
+    def begin(product: bool) -> int:
+        kinds.append(product)
+        return len(kinds) - 1
+
     for call in spec.steps:
+        last = max((owner[v.index] for v in _values(call.arguments)), default=None)
         if is_product(call):
-            owner.append(products)
-            products += 1
+            owner.append(begin(True))
+        elif last is None or (call.name in _ROWWISE and kinds[last]):
+            owner.append(begin(False) if kinds[:1] != [False] or last is not None else 0)
         else:
-            owner.append(max((owner[v.index] for v in _values(call.arguments)), default=max(products - 1, 0)))
+            owner.append(last)
     return owner
 
 
@@ -98,22 +149,26 @@ def _constants(spec: Spec) -> list[list[int]]:
     return found
 
 
-def _moved(call: Call, members: list[int], sources: list[Source]) -> Call:
-    """The call with its values numbered within the piece, or read as extras."""
+def _x(spec: Spec, members: list[int]) -> Source:
+    """What the first step of a piece acts on."""
+    first = spec.steps[members[0]]
+    read = [a for a in leaves(first.arguments) if isinstance(a, Input | Value | Extra)]
+    return first.args[0] if is_product(first) else read[0]  # type: ignore[return-value]
 
-    def extra(source: Source) -> Extra:
-        if source not in sources:
-            sources.append(source)
-        return Extra(sources.index(source))
+
+def _moved(call: Call, members: list[int], x: Source, sources: list[Source]) -> Call:
+    """The call with its values numbered within the piece, or read as x or extras."""
 
     def moved(value: Argument) -> Any:
         match value:
-            case Value(index):
-                return Value(members.index(index)) if index in members else extra(value)
-            case Extra():
-                return extra(value)
-            case Input() if not is_product(call):
-                return extra(value)
+            case Value(index) if index in members:
+                return Value(members.index(index))
+            case Value() | Extra() | Input() if value == x:
+                return Input()
+            case Value() | Extra() | Input():
+                if value not in sources:
+                    sources.append(value)
+                return Extra(sources.index(value))
             case tuple():
                 return tuple(map(moved, value))
         return value  # calls inside calls take constants alone
@@ -123,4 +178,3 @@ def _moved(call: Call, members: list[int], sources: list[Source]) -> Call:
 
 def _values(arguments: Iterable[Argument]) -> list[Value]:
     return [leaf for leaf in leaves(arguments) if isinstance(leaf, Value)]
-

@@ -52,6 +52,17 @@ def collapse(
     return made
 
 
+def absorb(node: fx.Node, args: tuple[Any, ...], members: Sequence[fx.Node]) -> None:
+    """Give `node` the arguments with which it does the work of `members` as well, calls that stand above it; those that
+    then have no reader are erased."""
+    told = provenance([*members, node])
+    node.args = args
+    node.meta.update(told)
+    for member in sorted(members, reverse=True):
+        if not member.users:
+            node.graph.erase_node(member)
+
+
 def provenance(nodes: Sequence[fx.Node]) -> dict[str, str]:
     """What is told of the nodes, each thing once: the notes, and the stack traces, of each the frames that are new."""
     notes = [node.meta["fxcompress"] for node in nodes if "fxcompress" in node.meta]

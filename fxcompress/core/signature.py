@@ -172,6 +172,12 @@ class SignedModule(fx.GraphModule):
         """Predicted beside measured (fxcompress.Report); on a compressed module."""
         return self._told("report")
 
+    @property
+    def kernels(self) -> Any:
+        """The kernels it runs on a GPU: node, program, source file, launch configs (fxcompress.codegen.triton.listing).
+        """
+        return self._told("kernels")(self)
+
     def _told(self, what: str) -> Any:
         if what not in self.meta:
             raise AttributeError(f"a captured graph has no {what}; fxcompress.compile makes one.")

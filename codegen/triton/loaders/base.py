@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.codegen.triton.words import Words
+from fxcompress.core.errors import SpecError
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int16: "i16",
@@ -79,6 +80,16 @@ class Loader(ABC):
     def column(self, plane: int) -> str:
         """An expression, (plane,): the columns that a tile meets."""
         return f"k + {plane * self.plane} + tl.arange(0, {self.plane})"
+
+    def in_chunks(self, columns: int) -> Loader:
+        """The same weight for a loop that walks chunks of so many columns, each from its beginning. Raises `SpecError`
+        where that is no whole number of steps and a step cannot end early."""
+        if columns % self.step:
+            raise SpecError(
+                f"chunks of {columns} columns cannot be read in steps of {self.step} by {type(self).__name__}; store "
+                "the weight in another way."
+            )
+        return self
 
     @property
     def in_order(self) -> bool:

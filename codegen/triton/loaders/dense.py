@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ class Dense(Loader):
     """A weight of any floating dtype, made that of x tile by tile."""
 
     dtype: torch.dtype
+    width: int = 64
+    whole: bool = True  # False: a step may start where less than a step is left, though all columns are whole steps
 
     @property
     def label(self) -> str:
@@ -23,7 +26,7 @@ class Dense(Loader):
 
     @property
     def plane(self) -> int:
-        return 64
+        return self.width
 
     @property
     def planes(self) -> int:
@@ -41,8 +44,11 @@ class Dense(Loader):
         (weight,) = tensors
         return (weight.contiguous(),)
 
+    def in_chunks(self, columns: int) -> Dense:
+        return dataclasses.replace(self, whole=columns % self.step == 0)
+
     def load(self, prefix: str) -> list[str]:
-        inside = "" if self.columns % self.step == 0 else f" & ({prefix}c < {self.columns})[None, :]"
+        inside = "" if self.whole and self.columns % self.step == 0 else f" & ({prefix}c < {self.columns})[None, :]"
         return [
             f"{prefix}c = k + tl.arange(0, {self.plane})",
             f"{prefix}tile = tl.load({prefix}weight + rn.to(tl.int64)[:, None] * {self.columns} + {prefix}c[None, :], "

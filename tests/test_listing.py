@@ -1,0 +1,73 @@
+"""`compiled.kernels` and `fxcompress inspect --kernels`: what would run on a GPU, told without one."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fxcompress
+from fxcompress import cli
+from fxcompress.codegen.triton import listing
+from fxcompress.codegen.triton.card import Card
+from fxcompress.codegen.triton.kernel import Config
+from tests.test_deploy import Block
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        batches = [(torch.randint(0, 64, (4, 8)),) for _ in range(2)]
+        return fxcompress.compile(Block().eval(), "4x", calibration=batches, rewrites=["quantize"], progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path / "cache"))
+
+
+def test_each_kernel_has_its_module_program_file_and_configs(compiled):
+    kernels = compiled.kernels
+    assert [k.name for k in kernels] == ["gate, up", "gate, up", "down"]
+    for kernel in kernels:
+        assert kernel.source.read_text().startswith(f'"""{kernel.spec}\n')
+        assert kernel.label.startswith("linear[int")
+        assert isinstance(kernel.configs[16], Config)
+        assert kernel.configs[1024] is None
+        assert kernel.refusal is None
+    assert kernels[1].spec.endswith("| mul(extra[0], _)")
+    assert len({k.source for k in kernels}) == 3
+
+
+def test_the_table_names_what_has_no_kernel_and_why(compiled):
+    old = listing.list_kernels(compiled, Card("Tesla T4", 75, 40))
+    assert str(old).count("plain PyTorch  ") >= 3
+    assert "gate, up: Tesla T4 is sm_75, and kernels need sm_80 or later." in str(old)
+    assert str(listing.Listing()) == "no fused nodes: nothing here runs generated kernels."
+
+
+def test_a_model_in_float64_has_none():
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU()).double().eval()
+    made = fxcompress.compile(model, "2x", example_inputs=(torch.randn(4, 64).double(),), progress=False)
+    (kernel,) = made.kernels
+    assert kernel.refusal.startswith("there are no kernels for inputs of torch.float64")
+    assert (kernel.source, kernel.configs) == (None, {})
+    assert "In plain PyTorch:" in str(made.kernels)
+
+
+def test_a_saved_folder_tells_the_same(compiled, tmp_path, capsys):
+    fxcompress.save(compiled, tmp_path / "out")
+    assert cli.main(["inspect", str(tmp_path / "out"), "--kernels"]) == 0
+    assert capsys.readouterr().out.strip() == str(compiled.kernels).strip()
+    assert cli.main(["inspect", str(tmp_path / "out"), "--kernels", "--json"]) == 0
+    (first, *_) = json.loads(capsys.readouterr().out)
+    assert first["name"] == "gate, up"
+    assert first["configs"]["16"]["block_m"] == 16
+    assert first["configs"]["1024"] is None
+
+
+def test_a_graph_that_is_not_fused_says_so():
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU()).eval(), torch.randn(4, 64)
+    made = fxcompress.restructure(model, {"*": "low_rank{rank=8}"}, example_inputs=(x,), progress=False)
+    assert str(made.kernels) == "no fused nodes: nothing here runs generated kernels."
