@@ -87,6 +87,16 @@ def _low_rank(rows: int, columns: int) -> str:
     return f"low_rank_linear(x, bfloat16[{rank}, {columns}], bfloat16[{rows}, {rank}])"
 
 
+def _float8_dynamic(rows: int, columns: int) -> str:
+    return f"float8_dynamic_linear(x, uint8[{rows}, {columns}], float32[{rows}], float32[{columns}])"
+
+
+def _monarch(rows: int, columns: int) -> str:
+    """Four blocks; as many numbers in its factors as low rank n / 4 has."""
+    rank = min(rows, columns) // 4
+    return f"monarch_linear(x, bfloat16[{rank}, {columns}], bfloat16[{rows}, {rank}], blocks=4)"
+
+
 def _int8_dynamic(rows: int, columns: int) -> str:
     return f"int8_dynamic_linear(x, int8[{rows}, {columns}], float32[{rows}], float32[{columns}])"
 
@@ -116,5 +126,7 @@ FAMILIES = (
         lambda rows, columns: f"quaternion_linear(x, bfloat16[{rows // 4}, {columns}])",
         bars=(Bar(DENSE, 2.0, most=16),),
     ),
+    Family("Monarch", _monarch),
+    Family("float8 x float8", _float8_dynamic, bars=(Bar(DENSE, 1.5, fewest=256),), rate=torch.float8_e4m3fn),
     Family("int8 x int8", _int8_dynamic, bars=(Bar(DENSE, 1.5, fewest=256),), rate=torch.int8),
 )  # fmt: skip

@@ -52,6 +52,7 @@ UNROWS, OUTPUTS = "unrows", "outputs"
 _ATEN: Mapping[str, OpOverload] = {
     op._schema.name.removeprefix("aten::"): op for op in PRODUCTS + OF_CONSTANTS + POINTWISE + ROWWISE
 }
+_ROWWISE = frozenset(op._schema.name.removeprefix("aten::") for op in ROWWISE)
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,17 @@ def op_of(name: str) -> OpOverload:
     return found
 
 
+def is_product(call: Call) -> bool:
+    """True for a linear op, of whatever structure, of an activation and constants."""
+    constants = any(isinstance(a, Constant | Call | tuple) for a in call.arguments[1:])
+    return call.name.endswith("linear") and constants and isinstance(call.args[0], Input | Value)
+
+
+def is_rowwise(call: Call) -> bool:
+    """True for what acts on whole rows."""
+    return call.name in _ROWWISE
+
+
 def given(call: Call) -> dict[str, Argument]:
     """The arguments of a call that the text writes, by their names in the op's schema."""
     return {**dict(zip((a.name for a in op_of(call.name)._schema.arguments), call.args)), **dict(call.named)}
@@ -195,6 +207,22 @@ def after(calls: Sequence[Call], spec: Spec) -> Spec:
     last = Value(len(calls) - 1)
     steps = tuple(_renumbered(call, len(calls), range(spec.extras), last) for call in spec.steps)
     return Spec((*calls, *steps), tuple(len(calls) + i for i in spec.outputs))
+
+
+def behind(spec: Spec, at: int) -> Spec:
+    """The inverse of `after`: the steps from `at` on, reading as their input what the step before them made."""
+
+    def moved(value: Argument) -> Any:
+        match value:
+            case Value(index):
+                return Input() if index == at - 1 else Value(index - at)
+            case Call(name, args, named):
+                return Call(name, tuple(map(moved, args)), tuple((k, moved(v)) for k, v in named))
+            case tuple():
+                return tuple(map(moved, value))
+        return value
+
+    return Spec(tuple(map(moved, spec.steps[at:])), tuple(i - at for i in spec.outputs))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -113,7 +113,9 @@ def _kernels(options: argparse.Namespace) -> None:
          "bound": row.mix.bound(row.entry.bits), "faults": row.faults}
         for row in rows
     ]  # fmt: skip
-    _print(options, {"arch": options.arch, "kernels": data}, catalogue.table(rows))
+    left_out = catalogue.left_out(options.arch)
+    text = "\n".join([catalogue.table(rows), *(f"left out: {clause}" for clause in left_out)])
+    _print(options, {"arch": options.arch, "kernels": data, "left_out": left_out}, text)
     faulty = [f"{row.entry.name} {'; '.join(row.faults)}" for row in rows if row.faults]
     if faulty:
         raise KernelError(f"{len(faulty)} of {len(rows)} kernels are at fault: {'. '.join(faulty)}.")

@@ -16,6 +16,7 @@ from fxcompress.core.attention import AttentionRewrite
 from fxcompress.core.rewrite import Rewrite
 from fxcompress.passes.block_low_rank import BlockLowRank
 from fxcompress.passes.float8 import Float8
+from fxcompress.passes.float8_dynamic import Float8Dynamic
 from fxcompress.passes.hidden_units import HiddenUnits
 from fxcompress.passes.int8_dynamic import Int8Dynamic
 from fxcompress.passes.linformer import Linformer
@@ -36,6 +37,7 @@ REWRITES: tuple[type[Rewrite], ...] = (
     QuantizeResidual,
     Float8,
     Int8Dynamic,
+    Float8Dynamic,
     LowRank,
     BlockLowRank,
     Monarch,

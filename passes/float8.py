@@ -72,7 +72,7 @@ class Float8(Storage):
         scales = (matrix.float().abs().amax(1, keepdim=True) / LARGEST).clamp_min(1e-30)
         curve = metric.analysis(rounding.curvature)
         parts = zip(torch.split(matrix, ROW_CHUNK), torch.split(scales, ROW_CHUNK))
-        codes = torch.cat([_rounded(part.float(), s, curve) for part, s in parts])
+        codes = torch.cat([rounded(part.float(), s, curve) for part, s in parts])
         return {"codes": codes.view(torch.uint8), "scales": scales}
 
     def decode(self, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ class Float8(Storage):
         return graph.call_function(torch.ops.fxcompress.float8_embedding.default, args)
 
 
-def _rounded(w: Tensor, scales: Tensor, curve: rounding.Curvature | None) -> Tensor:
-    """e4m3 codes (rows, columns)."""
+def rounded(w: Tensor, scales: Tensor, curve: rounding.Curvature | None) -> Tensor:
+    """e4m3 codes (rows, columns) of w; scales (rows, 1)."""
     if curve is None:
         return _near(w / scales).to(torch.float8_e4m3fn)
     x = w.T.contiguous()

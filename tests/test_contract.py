@@ -119,7 +119,7 @@ def test_the_op_is_the_product_with_the_dense_weight(rewrite, name):
     site, stall = served(rewrite, name), STALLS[name]
     for recipe in recipes(rewrite, site):
         if recipe.structure.input_error(site) > 0:
-            continue  # rounds its inputs: tests/test_int8_dynamic.py compares it with its own arithmetic
+            continue  # rounds its inputs: tests/test_*_dynamic.py compare it with its own arithmetic
         made = recipe.make(site)
         got = rewritten(stall, recipe, made)(stall.x).double()
         weight = made.weight.double()
@@ -172,7 +172,7 @@ def test_gradients_are_those_of_the_formula(rewrite, name):
     site, stall = served(rewrite, name), STALLS[name]
     for recipe in recipes(rewrite, site, storages=False)[:1]:
         if recipe.structure.input_error(site) > 0:
-            continue  # straight-through: tests/test_int8_dynamic.py
+            continue  # straight-through: tests/test_*_dynamic.py
         made = recipe.make(site)
         signed = rewritten(stall, recipe, made)
         work = fx.GraphModule(signed, signed.graph).double()  # one that does not insist on float32

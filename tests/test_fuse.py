@@ -109,6 +109,43 @@ class TestVertical:
         assert programs(done)[0].endswith(f"| mul(_, float32[{H}])")
 
 
+class TestNorms:
+    def test_a_norm_joins_the_one_node_that_reads_it(self):
+        _, done = both(lambda n, x: n.a(n.norm(x)))
+        assert steps(done) == [["layer_norm", "linear"]]
+        assert calls(done) == []
+
+    def test_it_joins_a_node_of_several_products(self):
+        _, done = both(lambda n, x: (lambda y: (n.a(y).softmax(-1), n.b(y).softmax(-1)))(n.norm(x)))
+        assert steps(done) == [["layer_norm", "linear", "linear"]]
+
+    def test_an_rms_norm_of_torch_and_one_that_is_written_out(self):
+        def written_out(n, x):
+            return n.a(n.norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)))
+
+        _, done = both(written_out)
+        assert steps(done) == [["pow", "mean", "add", "rsqrt", "mul", "mul", "linear"]]
+        _, done = both(lambda n, x: n.a(nn.functional.rms_norm(x, (D,), n.norm.weight)))
+        assert steps(done) == [["rms_norm", "linear"]]
+
+    def test_a_norm_behind_a_product_ends_its_node(self):
+        _, done = both(lambda n, x: n.norm(n.d(n.a(x).relu()) + x))
+        assert steps(done) == [["linear", "relu"], ["linear", "add", "layer_norm"]]
+
+    def test_a_norm_that_others_read_stays(self):
+        _, done = both(lambda n, x: (lambda y: n.d(n.a(y).relu()) + y)(n.norm(x)))
+        assert steps(done) == [["linear", "relu"], ["linear", "add"]]
+        assert calls(done) == ["layer_norm"]
+
+    def test_a_mean_over_another_dimension_is_no_norm(self):
+        _, done = both(lambda n, x: n.a(x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)))
+        assert steps(done) == [["linear"]]
+
+    def test_what_is_pointwise_alone_is_left_before_the_product(self):
+        _, done = both(lambda n, x: n.a(x.relu() * 2))
+        assert steps(done) == [["linear"]]
+
+
 class TestNeverFused:
     def test_a_graph_without_our_ops(self):
         gm, done = both(lambda n, x: n.d(n.a(x).relu()) + x, specs=None)

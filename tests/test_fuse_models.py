@@ -50,8 +50,8 @@ def test_llama_s_specs_read_well(golden):
 
 def test_gpt_2_s_written_out_gelu_is_folded():
     done = fuse(rewritten(gpt2(), {"input_ids": IDS}))
-    per_layer = [["linear", "unrows"], ["linear", "unrows", "add"]]
-    gelu = ["linear", "unrows", "mul", "pow", "mul", "add", "mul", "tanh", "add", "mul"]
+    per_layer = [["layer_norm", "linear", "unrows"], ["linear", "unrows", "add"]]
+    gelu = ["layer_norm", "linear", "unrows", "mul", "pow", "mul", "add", "mul", "tanh", "add", "mul"]
     assert steps(done)[:4] == [*per_layer, gelu, per_layer[1]]
 
 
@@ -62,8 +62,8 @@ def test_minilm_keeps_its_bits(data):
     done = fuse(gm)
     with torch.no_grad():
         same(gm(**inputs), done(**inputs))
-    layer = [["linear"] * 3, ["low_rank_linear", "add"], ["linear", "gelu"], ["linear", "add"]]
-    assert steps(done) == layer * 6
+    normed = ["add", "layer_norm"]
+    assert steps(done) == [["linear"] * 3, ["low_rank_linear", *normed], ["linear", "gelu"], ["linear", *normed]] * 6
 
 
 def test_a_fused_model_is_saved_and_loaded(tmp_path):
@@ -86,7 +86,8 @@ def test_a_fused_model_is_saved_and_loaded(tmp_path):
 
 SPECS = [  # every rewrite of a linear weight, and every way of keeping one
     "quantize{bits=4, group_size=32}", "quantize{bits=3, group_size=0, symmetric=True}", "float8",
-    "quantize_residual{bits=4, group_size=32, rank=4}", "int8_dynamic", "low_rank{rank=4} | float8",
+    "quantize_residual{bits=4, group_size=32, rank=4}", "int8_dynamic", "float8_dynamic",
+    "low_rank{rank=4} | float8",
     "block_low_rank{blocks=2, rank=4} | quantize{bits=8, group_size=0}", "monarch{blocks=4, rank=1}",
     "tensor_train{rank=8}", "quaternion | quantize{bits=4, group_size=32}",
     "prune{sparsity=0.5} | quantize{bits=8, group_size=0}", "prune_2_4 | quantize{bits=4, group_size=32}",

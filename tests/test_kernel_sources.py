@@ -18,8 +18,11 @@ V4 = (
     "dequantize(uint8[24, 128], uint8[24, 4], uint8[24, 2], float32[2], bits=4, group_size=64, columns=256, "
     "dtype=bfloat16)"
 )
+MASK = "repeat_interleave(uint8[6, 1], repeats=16, dim=0)"
 SPECS = {
     "quantized": f"linear(x, {Q4}, bfloat16[96]) | gelu(_) | add(_, extra[0])",
+    "masked": "linear(x, unmask(uint8[96, 16], bfloat16[96, 40], columns=128, tile=1), bfloat16[96])",
+    "tiles": f"linear(x, unmask({MASK}, bfloat16[96, 48], columns=128, tile=16), bfloat16[96])",
     "low_rank": "low_rank_linear(x, bfloat16[40, 128], bfloat16[96, 40]) | silu(_)",
     "quaternion": "quaternion_linear(x, bfloat16[24, 128], bfloat16[96])",
     "block_low_rank": f"block_low_rank_linear(x, {V4}, bfloat16[96, 24], blocks=2, bias=bfloat16[96]) | relu(_)",
@@ -27,6 +30,7 @@ SPECS = {
     "tensor_train": "tensor_train_linear(x, [bfloat16[4, 20], bfloat16[20, 20], bfloat16[15, 12]], n=[4, 4, 3], "
     "m=[4, 4, 12], rows=190, bias=bfloat16[190])",
     "int8": "int8_dynamic_linear(x, int8[96, 128], float32[96], float32[128])",
+    "float8": "float8_dynamic_linear(x, uint8[96, 100], float32[96], float32[100])",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from fxcompress.codegen.ops.fused import evaluate  # noqa: E402
+from fxcompress.codegen.ops.unmask import bits_of, mask_bytes  # noqa: E402
 from fxcompress.codegen.ops.unmask_2_4 import patterns_of  # noqa: E402
 from fxcompress.codegen.spec import parse  # noqa: E402
 from fxcompress.codegen.triton.build import load_source  # noqa: E402
@@ -65,6 +66,23 @@ def two_of_four(rows, columns, dtype):
     return f"unmask_2_4({types})", [patterns, values]
 
 
+def masked(rows, columns, dtype, tile=1, share=0.55):
+    """Every row keeps as many, each its own."""
+    kept = round(columns // tile * share)
+    keep = normal(rows, columns // tile).argsort(1).argsort(1) < kept
+    spec = f"uint8[{rows}, {mask_bytes(columns // tile)}], {str(dtype)[6:]}[{rows}, {kept * tile}]"
+    values = (normal(rows, kept * tile, seed=2) / columns**0.5).to(dtype)
+    return f"unmask({spec}, columns={columns}, tile={tile})", [bits_of(keep), values]
+
+
+def tiles(rows, columns, dtype, tile=16, kept=3, values=dense):
+    """The rows of a tile keep the same; `values` says how."""
+    keep = normal(rows // tile, columns // tile).argsort(1).argsort(1) < kept
+    mask = f"repeat_interleave(uint8[{rows // tile}, {mask_bytes(columns // tile)}], repeats={tile}, dim=0)"
+    spec, tensors = values(rows, kept * tile, dtype)
+    return f"unmask({mask}, {spec}, columns={columns}, tile={tile})", [bits_of(keep), *tensors]
+
+
 def unpacked(weight, tensors, columns, dtype):
     """The weight (rows, columns) in float64, by the op that unpacks it."""
     spec = parse(f"linear(x, {weight.replace(str(dtype)[6:], 'float64')})")
@@ -74,7 +92,8 @@ def unpacked(weight, tensors, columns, dtype):
 
 def both(weight, tensors, tail, x, extras, config, bias=True):
     """-> (what the kernel gives, the body in float64, the size of what is added up)."""
-    rows = int(weight.split("[")[1].split(",")[0])
+    wide = unpacked(weight, tensors, x.shape[-1], x.dtype)
+    rows = len(wide)
     dtype = str(x.dtype)[6:]
     spec = parse(f"linear(x, {weight}, {dtype}[{rows}]){tail}" if bias else f"linear(x, {weight}){tail}")
     own = [normal(rows, seed=3).to(x.dtype)] if bias else []
@@ -86,7 +105,7 @@ def both(weight, tensors, tail, x, extras, config, bias=True):
     exact = parse(str(spec).replace(dtype, "float64"))
     doubled = [t.double() if t.dtype == x.dtype else t for t in [*tensors, *own]]
     want = evaluate(exact, x.double(), doubled, [e.double() for e in extras])
-    size = float((x.double().abs().flatten(0, -2) @ unpacked(weight, tensors, x.shape[-1], x.dtype).abs().T).max())
+    size = float((x.double().abs().flatten(0, -2) @ wide.abs().T).max())
     return made, want, size
 
 
@@ -101,14 +120,14 @@ def close(made, want, size, columns):
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("kept", ["dense", "zeros", "symmetric", "row", "float8", "2:4"])
+@pytest.mark.parametrize("kept", ["dense", "zeros", "symmetric", "row", "float8", "2:4", "mask"])
 def test_a_linear_with_its_epilogue(kept, split, dtype):
     rows, columns, tokens = 72, 416, 5  # no multiple of a tile, and a step that is not full
     make = {
         "dense": lambda: dense(rows, columns, dtype), "zeros": lambda: quantized(rows, columns, dtype, 4, 64),
         "symmetric": lambda: quantized(rows, columns, dtype, 4, 64, True),
         "row": lambda: quantized(rows, columns, dtype, 8, 0), "float8": lambda: float8(rows, columns, dtype),
-        "2:4": lambda: two_of_four(rows, columns, dtype),
+        "2:4": lambda: two_of_four(rows, columns, dtype), "mask": lambda: masked(rows, columns, dtype),
     }[kept]  # fmt: skip
     x = normal(tokens, columns, seed=1).to(dtype)
     extras = [normal(tokens, rows, seed=4).to(dtype), normal(tokens, 1, seed=5).to(dtype)]
@@ -125,6 +144,56 @@ def test_every_width_and_group(bits, group, dtype):
     close(made, want, size, 300)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("kept", ["16, 3", "16, 9", "32, 5", "zeros", "row", "float8"])
+def test_tiles_that_went_are_skipped(kept, split, dtype):
+    rows, columns, tokens = 96, 320, 5
+    make = {
+        "zeros": lambda: tiles(rows, columns, dtype, 16, 12, quantized),
+        "row": lambda: tiles(rows, columns, dtype, 16, 9, lambda *sizes: quantized(*sizes, 8, 0)),
+        "float8": lambda: tiles(rows, columns, dtype, 16, 9, float8),
+    }.get(kept) or (lambda: tiles(rows, columns, dtype, *map(int, kept.split(","))))  # fmt: skip
+    weight, tensors = make()
+    x = normal(tokens, columns, seed=1).to(dtype)
+    made, want, size = both(weight, tensors, " | relu(_)", x, [], Config(16, 64, split))
+    close(made, want, size, columns)
+
+
+@pytest.mark.parametrize(
+    ("tile", "values", "near"),
+    [
+        (16, dense, 16), (64, dense, 64), (128, dense, 64), (32, quantized, 32), (16, two_of_four, 1),
+        (32, lambda *sizes: quantized(*sizes, 2, 64), 16),
+    ],
+)  # fmt: skip
+def test_no_more_columns_are_called_neighbours_than_are(tile, values, near):
+    """What is told to the compiler the interpreter does not see: a plane may start in the middle of a tile."""
+    weight, _ = tiles(tile, 4 * tile, torch.float16, tile, 2, values)
+    assert f", {tile}, {near})" in generate(parse(f"linear(x, {weight})"), torch.float16).source
+
+
+def test_tiles_that_went_are_not_even_multiplied():
+    weight, tensors = tiles(16, 128, torch.float16)
+    read = unpacked(weight, tensors, 128, torch.float16)[0] != 0
+    x = normal(5, 128, seed=1).half()
+    kernel = generate(parse(f"linear(x, {weight})"), torch.float16)
+    with interpreter():
+        some, (all_,) = [kernel(v, kernel.prepare(tensors), []) for v in (x.where(read, torch.nan), x)]
+    assert torch.equal(some[0], all_)
+
+
+@pytest.mark.parametrize("rows", [40, 41])
+def test_tiles_too_small_to_be_skipped_are_read_as_a_mask_of_columns(rows):
+    if rows == 40:  # the rows of a tile share their mask
+        weight, tensors = tiles(40, 136, torch.float16, 4, 20)
+    else:  # each row has its own
+        weight, tensors = masked(41, 136, torch.float16, 8)
+    x = normal(3, 136, seed=1).half()
+    made, want, size = both(weight, tensors, "", x, [], Config(16, 32))
+    close(made, want, size, 136)
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 33])
 def test_any_number_of_tokens(tokens):
     x = normal(tokens, 128, seed=1).half()
@@ -139,11 +208,11 @@ def test_no_tokens_give_an_empty_result_without_a_launch():
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("kept", ["dense", "quantized", "both ways"])
+@pytest.mark.parametrize("kept", ["dense", "quantized", "V quantized", "masked"])
 def test_low_rank_stays_on_the_chip(kept, dtype):
     rows, columns, rank, tokens = 72, 160, 40, 21
-    v = dense(rank, columns, dtype) if kept == "dense" else quantized(rank, columns, dtype, 4, 64)
-    u = quantized(rows, rank, dtype, 8, 0) if kept == "quantized" else dense(rows, rank, dtype)
+    v = {"dense": dense, "masked": masked}.get(kept, quantized)(rank, columns, dtype)
+    u = {"quantized": lambda *sizes: quantized(*sizes, 8, 0), "masked": masked}.get(kept, dense)(rows, rank, dtype)
     name = str(dtype)[6:]
     x, bias = normal(tokens, columns, seed=1).to(dtype), normal(rows, seed=3).to(dtype)
     spec = parse(f"low_rank_linear(x, {v[0]}, {u[0]}, {name}[{rows}]) | silu(_)")
@@ -193,24 +262,6 @@ def test_components_that_are_no_whole_steps_are_refused():
         generate(parse(f"quaternion_linear(x, {weight})"), torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("columns", [192, 100])
-def test_integers_on_both_sides_are_multiplied_exactly(columns, dtype):
-    rows, tokens, name = 40, 7, str(dtype)[6:]
-    codes = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    scales, smooth = normal(rows, seed=2).abs() / 127, normal(columns, seed=3).abs() + 0.5
-    x, bias = normal(tokens, columns, seed=1).to(dtype), normal(rows, seed=4).to(dtype)
-    types = f"int8[{rows}, {columns}], float32[{rows}], float32[{columns}], {name}[{rows}]"
-    kernel = generate(spec := parse(f"int8_dynamic_linear(x, {types}) | relu(_)"), dtype)
-    tensors = [codes, scales, smooth, bias]
-    with interpreter():
-        (made,) = kernel(x, kernel.prepare(tensors), [], Config(16, 32))
-    (want,) = evaluate(spec, x, tensors, [])
-    # The same integers, then a few roundings of float32 and one to dtype.
-    room = torch.finfo(dtype).eps * want.double().abs() + 2**-20
-    assert bool(((made.double() - want.double()).abs() <= room).all())
-
-
 def test_several_outputs():
     x = normal(7, 64, seed=1).half()
     tail = " | silu(_) | mul(_, extra[0]) | outputs(step[0], _)"
@@ -236,8 +287,15 @@ def test_a_split_leaves_its_counters_at_zero_and_gives_the_same_bits(monkeypatch
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("linear(x, float32[8, 8]) | softplus(_)", "there is no epilogue for softplus"),
-        ("linear(rows, unmask(uint8[8, 1], float32[8, 4], columns=8, tile=1))", "there is no loader for unmask"),
+        ("linear(x, float32[8, 8]) | to(_, dtype=float64)", "there is no epilogue for to"),
+        (f"linear(x, unmask(uint8[8, 8], {quantized(8, 32, torch.float32)[0]}, columns=64, tile=1))",
+         "no loader for unmask of dequantize: only tiles of 16, 32, 64 or 128 keep packed values"),
+        ("linear(x, unmask(t(uint8[8, 8]), float32[8, 4], columns=8, tile=1))", "no loader for a mask made by t"),
+        ("linear(x, unmask(uint8[8, 16384], float32[8, 65536], columns=131072, tile=1))",
+         "rows of 65536 kept values cannot be read: at most 65535"),
+        (f"quaternion_linear(x, {tiles(16, 64, torch.float32)[0]})", "quaternions cannot be read as Tiles"),
+        ("linear(x, unmask(repeat_interleave(uint8[1, 1], repeats=16, dim=0), float32[16, 24], columns=64, tile=16))",
+         "24 kept columns are no whole number of tiles of 16"),
         ("relu(x)", "there is no main loop for relu"),
     ],
 )

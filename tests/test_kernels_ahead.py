@@ -13,6 +13,7 @@ from fxcompress.codegen.triton import catalogue  # noqa: E402
 from fxcompress.codegen.triton.ahead import compile_ahead  # noqa: E402
 from fxcompress.codegen.triton.catalogue import ENTRIES, compile_all, table  # noqa: E402
 from fxcompress.codegen.triton.generate import generate  # noqa: E402
+from fxcompress.codegen.triton.issue import _main_loop  # noqa: E402
 from fxcompress.codegen.triton.kernel import Config  # noqa: E402
 from fxcompress.codegen.triton.low_rank import MOST  # noqa: E402
 
@@ -28,7 +29,8 @@ def rows(tmp_path_factory):
 def test_on_sm_90_nothing_is_at_fault_and_every_product_is_on_its_tensor_cores(rows):
     assert {(row.entry.name, row.config) for row in rows} == {(e.name, config) for e in ENTRIES for config in e.configs}
     assert [(row.entry.name, row.config, row.faults) for row in rows if row.faults] == []
-    assert all(row.report.instructions["wgmma"] for row in rows)
+    # Rows of 16 are too few for wgmma, which takes 64.
+    assert all(row.report.instructions["mma" if "tiles" in row.entry.name else "wgmma"] for row in rows)
 
 
 def test_weights_arrive_by_asynchronous_copies(rows):
@@ -45,6 +47,15 @@ def test_unpacking_stays_on_the_fast_path(rows):
     assert integer["int4 g64", catalogue.PREFILL] <= 2.5
     assert integer["float8", catalogue.DECODE] <= 2.0
     assert integer["dense", catalogue.DECODE] <= 0.5
+    assert integer["mask", catalogue.DECODE] <= 8
+    assert integer["tiles of 16", catalogue.TILES] <= 1
+
+
+def test_sums_of_8_bit_floats_leave_the_tensor_cores_at_every_step(rows):
+    (report,) = [row.report for row in rows if (row.entry.name, row.config) == ("float8 x float8", catalogue.DECODE)]
+    assert "QGMMA" in report.sass
+    # 16 x 128 sums of 128 threads.
+    assert sum("FADD" in line for line in _main_loop(report.sass)) >= 16
 
 
 def test_the_table_has_a_line_for_each(rows):
@@ -88,6 +99,16 @@ def test_the_command_prints_them_and_fails_where_one_is_at_fault(capsys, monkeyp
     said = capsys.readouterr()
     assert said.out.count("spills 16 bytes") == 3
     assert "3 of 3 kernels are at fault: dense spills 16 bytes" in said.err
+
+
+def test_a_card_without_8_bit_floats_leaves_their_products_out(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(catalogue, "ENTRIES", (ENTRIES[0], ENTRIES[-1]))
+    assert cli.main(["kernels", "--arch", "80"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "left out: float8 x float8 needs sm_89"
+    assert [line.split()[0] for line in said[2:-1]] == ["dense"] * 3
+    assert catalogue.left_out(89) == []
 
 
 def test_an_unknown_card_is_named(capsys):

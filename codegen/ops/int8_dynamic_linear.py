@@ -8,22 +8,18 @@
 q C^T is exact: its products are below 2^14, so 1024 of them add up exactly in float32, and stretches of 1024 columns
 in int32 (in < 2^17). A library's int8 product is not used here: on processors without VNNI it saturates in 16 bits.
 
-            flops               memory traffic, bytes
-    here    2 tokens in out     tokens (in + out) itemsize + 2 tokens in + in out
-    dense   2 tokens in out     tokens (in + out) itemsize + in out itemsize
-
-The gradient is straight through the rounding of x: that of x W^T + b. Codes, scales and smooth are constants.
+Costs and gradient: fxcompress.codegen.ops.rounded_inputs.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
-from fxcompress.core.cost import Cost
+from fxcompress.codegen.ops.rounded_inputs import cost as cost
+from fxcompress.codegen.ops.rounded_inputs import scaled_tokens, setup_context, straight_through
 
 LEVELS = 127
 _STRETCH = 1024  # 1024 * 127^2 < 2^24
@@ -42,10 +38,8 @@ def int8_dynamic_linear(x: Tensor, codes: Tensor, scales: Tensor, smooth: Tensor
 
 def rounded_tokens(x: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
     """-> (q (..., in) whole numbers of -127 .. 127, t (..., 1)), both float32 or float64."""
-    working = torch.promote_types(x.dtype, torch.float32)
-    even = x.to(working) / smooth.to(working)
-    step = (even.abs().amax(-1, keepdim=True) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    return (even / step).round().clamp(-LEVELS, LEVELS), step
+    scaled, step = scaled_tokens(x, smooth, LEVELS)
+    return scaled.round().clamp(-LEVELS, LEVELS), step
 
 
 @int8_dynamic_linear.register_fake
@@ -53,29 +47,8 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, smooth: Tensor, bias: Tensor | N
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scales, smooth, bias = inputs
-    ctx.save_for_backward(codes, scales, smooth)
-    ctx.biased = bias is not None
-
-
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """dx = (dy s) C / m,  db = sum dy."""
-    codes, scales, smooth = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    dx = None
-    if need[0]:
-        working = torch.promote_types(dy.dtype, torch.float32)
-        scaled = dy.to(working) * scales.to(working)
-        dx = (torch.matmul(scaled, codes.to(working)) / smooth.to(working)).to(dy.dtype)
-    # needs_input_grad ends before a bias that was left out
-    return dx, None, None, None, dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.biased and need[4] else None
+    return straight_through(ctx, dy, ctx.saved_tensors[0])
 
 
-int8_dynamic_linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-def cost(tokens: sympy.Expr, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
-    """The table above; one launch rounds x, one multiplies."""
-    traffic = tokens * (columns + rows) * itemsize + 2 * tokens * columns + weight_bytes
-    return Cost(2 * tokens * rows * columns, traffic, weight_bytes, launches=2)
+int8_dynamic_linear.register_autograd(_backward, setup_context=setup_context)

@@ -23,6 +23,7 @@ from fxcompress.codegen.triton.gemm import Span
 from fxcompress.codegen.triton.loaders import loader_of
 from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.codegen.triton.two_launches import Stage, TwoLaunches
+from fxcompress.core.errors import SpecError
 
 V, U = "v_", "u_"
 
@@ -32,8 +33,11 @@ class BlockLowRankProduct(TwoLaunches):
 
     @classmethod
     def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
-        v = loader_of(product.args[1])
-        return ((V, v.in_chunks(v.columns // _blocks(product))), (U, loader_of(product.args[2])))
+        v, u = (loader_of(weight) for weight in product.args[1:3])
+        for loader in (v, u):
+            if loader.together:
+                raise SpecError(f"blocks cannot be read as {loader.label}: their rows meet other columns.")
+        return ((V, v.in_chunks(v.columns // _blocks(product))), (U, u))
 
     def row(self, blocks: int) -> str:
         """The row of U, and the feature of y, of result `own` of block `copy`."""

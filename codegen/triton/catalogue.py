@@ -20,11 +20,12 @@ from fxcompress.codegen.triton.ahead import KernelReport, compile_ahead
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.generate import generate
 from fxcompress.codegen.triton.issue import Mix, mix
-from fxcompress.codegen.triton.kernel import Config, Launch
+from fxcompress.codegen.triton.kernel import Config, Kernel, Launch
 
 SIZE, RANK = 4096, 128
 DECODE, SPLIT, PREFILL = Config(16, 128, 1, 4, 4), Config(16, 128, 4, 4, 4), Config(64, 128, 1, 8, 3)
 NARROW = Config(16, 64, 1, 4, 3)  # where a program holds several accumulators, or two copies of a tile
+TILES = Config(16, 16, 8, 1, 4)
 TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 
 
@@ -54,6 +55,14 @@ _FLOAT8 = f"dequantize_float8(uint8[{SIZE}, {SIZE}], float32[{SIZE}, 1], dtype=b
 _TWO_OF_FOUR = f"unmask_2_4(uint8[{SIZE}, {packed_bytes(SIZE // 4, 3)}], bfloat16[{SIZE}, {SIZE // 2}])"
 _CORES = ", ".join(["bfloat16[4, 64]", *["bfloat16[64, 64]"] * 4, "bfloat16[64, 4]"])  # rank 16
 _DIGITS = [4] * 6
+_MASK = f"uint8[{SIZE}, {SIZE // 8}], bfloat16[{SIZE}, {SIZE // 2}]"
+
+
+def _tiles(values: str) -> str:
+    mask = f"repeat_interleave(uint8[{SIZE // 16}, {SIZE // 128}], repeats=16, dim=0)"
+    return _linear(f"unmask({mask}, {values}, columns={SIZE}, tile=16)")
+
+
 _U = f"bfloat16[{SIZE}, {RANK}]"
 ENTRIES = (
     Entry("dense", _linear(f"bfloat16[{SIZE}, {SIZE}]"), 16, 64, (DECODE, SPLIT, PREFILL)),
@@ -64,6 +73,10 @@ ENTRIES = (
     Entry("int2 g64", _linear(dequantize(2, 64)), 2.25, 128, (DECODE, SPLIT, Config(32, 128, 1, 8, 3))),
     Entry("float8", _linear(_FLOAT8), 8, 64, (DECODE, SPLIT, PREFILL)),
     Entry("2:4", _linear(_TWO_OF_FOUR), 10, 128, (NARROW,)),
+    Entry("mask", _linear(f"unmask({_MASK}, columns={SIZE}, tile=1)"), 9.125, 128, (DECODE,)),
+    # Of the kept weights: a tile's place is 32 bits for 256 of them.
+    Entry("tiles of 16", _tiles(f"bfloat16[{SIZE}, {SIZE // 2}]"), 16.125, 64, (TILES, Config(64, 16, 4, 4, 4))),
+    Entry("tiles of 16, int4", _tiles(dequantize(4, 64, SIZE, SIZE // 2)), 4.375, 128, (TILES,)),
     Entry("low rank", f"low_rank_linear(x, bfloat16[{RANK}, {SIZE}], {_U})", 16, 64, (Config(64, 128, 1, 8, 2),)),
     Entry("low rank, V int4", f"low_rank_linear(x, {dequantize(4, 64, RANK)}, {_U})", 4.25, 128,
           (Config(16, 128, 4, 4, 3), Config(64, 128, 1, 8, 2))),
@@ -77,6 +90,8 @@ ENTRIES = (
           4.25, 128, (NARROW, PREFILL)),
     Entry("tensor train", f"tensor_train_linear(x, [{_CORES}], n={_DIGITS}, m={_DIGITS}, rows={SIZE})", 16, 64,
           (NARROW, Config(64, 64, 1, 4, 3))),
+    Entry("float8 x float8", f"float8_dynamic_linear(x, uint8[{SIZE}, {SIZE}], float32[{SIZE}], float32[{SIZE}])", 8,
+          128, (DECODE, Config(128, 128, 1, 8, 3))),
 )  # fmt: skip
 
 
@@ -105,11 +120,22 @@ class Row:
         return mix(self.report.sass, self.launch.constants["BLOCK_N"] * self.entry.step / threads)
 
 
+def kernel_of(entry: Entry) -> Kernel:
+    """With a GELU and a residual behind it."""
+    return generate(parse(f"{entry.product} | gelu(_) | add(_, extra[0])"), torch.bfloat16, ("full",))
+
+
+def left_out(arch: int) -> list[str]:
+    """What that card cannot run, clauses."""
+    least = {entry.name: kernel_of(entry).least_arch for entry in ENTRIES}
+    return [f"{name} needs sm_{needed}" for name, needed in least.items() if needed > arch]
+
+
 def compile_all(arch: int) -> Iterator[Row]:
-    """Every entry with every config, with a GELU and a residual behind it."""
+    """Every entry that the card can run, with every config."""
     for entry in ENTRIES:
-        kernel = generate(parse(f"{entry.product} | gelu(_) | add(_, extra[0])"), torch.bfloat16, ("full",))
-        for config in entry.configs:
+        kernel = kernel_of(entry)
+        for config in entry.configs if kernel.least_arch <= arch else ():
             for launch in kernel.launches(config):
                 function = getattr(load_source(kernel.source), launch.form)
                 report = compile_ahead(

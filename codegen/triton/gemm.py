@@ -54,7 +54,8 @@ def gemm(
     """The text of the kernel. Arguments: x, one y an output, the prologue's, the loader's, the epilogue's, the
     workspace where it splits, M; BLOCK_M, BLOCK_N and SPLIT are constexprs."""
     finish = [*prologue.finish, *epilogue.lines, *store(epilogue, outputs)]
-    span = Span(loader.columns, f"ps * {loader.step}", programs="SPLIT")
+    end = "K" if loader.walked == loader.columns else str(loader.walked)
+    span = Span(loader.walked, f"ps * {loader.step}", end, programs="SPLIT")
     arguments = ["x", *(f"y{i}" for i in range(len(outputs))), *prologue.arguments]
     arguments += [*(PREFIX + p for p in loader.pointers), *(f"p_{o.name}" for o in epilogue.operands)]
     arguments += ["partials", *(f"partial_{s}" for s in prologue.sums), "arrived"] if split else []
@@ -138,7 +139,8 @@ def indent(lines: Sequence[str], by: int) -> str:
 
 def _activations(loader: Loader, plane: int, span: Span) -> list[str]:
     whole = span.columns % loader.step == 0
-    inside = "m_in[None, :]" if whole else f"m_in[None, :] & (column < {span.last})[:, None]"
+    last = span.last if loader.walked == loader.columns else "K"  # of x, where its columns are looked up
+    inside = "m_in[None, :]" if whole else f"m_in[None, :] & (column < {last})[:, None]"
     return [f"column = {loader.column(plane)}", f"x_tile = tl.load({span.x}, mask={inside}, other=0.0)"]
 
 
@@ -192,10 +194,13 @@ class Product(Kernel):
         return "fused_linear_split" if config.split > 1 else "fused_linear"
 
     def constants(self, config: Config) -> dict[str, int]:
-        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": config.split}
+        return {"BLOCK_M": config.block_m, "BLOCK_N": self.block_n(config), "SPLIT": config.split}
+
+    def block_n(self, config: Config) -> int:
+        return self.loaders[-1][1].together or config.block_n
 
     def grid(self, tokens: int, config: Config) -> tuple[int, ...]:
-        return math.ceil(self.rows / config.block_n), math.ceil(tokens / config.block_m), config.split
+        return math.ceil(self.rows / self.block_n(config)), math.ceil(tokens / config.block_m), config.split
 
     def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
         if config.split == 1:
@@ -240,8 +245,9 @@ class Product(Kernel):
         loader = self.loaders[-1][1]
         if isinstance(loader, Dense):
             return prepared[0].to(x.dtype)
-        weight = x.new_empty(self.rows, self.columns)
-        grid = math.ceil(self.rows / BLOCK_N), math.ceil(self.columns / loader.step)
+        made = x.new_empty if loader.walked == loader.columns else x.new_zeros
+        weight, block_n = made(self.rows, self.columns), loader.together or BLOCK_N
+        grid = math.ceil(self.rows / block_n), math.ceil(loader.walked / loader.step)
         unpacking = getattr(load_source(self.source), UNPACK)
-        unpacking[grid](*prepared[: len(loader.pointers)], weight, BLOCK_N=BLOCK_N, num_warps=4)
+        unpacking[grid](*prepared[: len(loader.pointers)], weight, BLOCK_N=block_n, num_warps=4)
         return weight

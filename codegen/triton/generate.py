@@ -11,14 +11,18 @@ from collections.abc import Sequence
 
 import torch
 
-from fxcompress.codegen.spec import Constant, Input, Spec, given
+from fxcompress.codegen.spec import Constant, Spec, behind, given, is_product, is_rowwise
 from fxcompress.codegen.triton.block_low_rank import BlockLowRankProduct, MonarchProduct
 from fxcompress.codegen.triton.epilogue import Kind, print_epilogue
 from fxcompress.codegen.triton.gemm import Product
-from fxcompress.codegen.triton.int8 import Int8Product
 from fxcompress.codegen.triton.kernel import Kernel
 from fxcompress.codegen.triton.low_rank import LowRankProduct
+from fxcompress.codegen.triton.norm import norm_of
+from fxcompress.codegen.triton.normed import PREFIX as GAIN
+from fxcompress.codegen.triton.normed import Gain, NormedProduct
 from fxcompress.codegen.triton.quaternion import QuaternionProduct
+from fxcompress.codegen.triton.rounded import RoundedProduct
+from fxcompress.codegen.triton.rows import whole_rows
 from fxcompress.codegen.triton.tensor_train import TensorTrainProduct
 from fxcompress.core.errors import SpecError
 
@@ -26,7 +30,8 @@ MAIN_LOOPS: tuple[tuple[str, type[Kernel]], ...] = (
     ("linear", Product),
     ("low_rank_linear", LowRankProduct),
     ("quaternion_linear", QuaternionProduct),
-    ("int8_dynamic_linear", Int8Product),
+    ("int8_dynamic_linear", RoundedProduct),
+    ("float8_dynamic_linear", RoundedProduct),
     ("block_low_rank_linear", BlockLowRankProduct),
     ("monarch_linear", MonarchProduct),
     ("tensor_train_linear", TensorTrainProduct),
@@ -38,13 +43,24 @@ def generate(spec: Spec, dtype: torch.dtype, kinds: tuple[Kind, ...] = ()) -> Ke
     """kinds: of the extras, as the epilogue reads them (`kind_of`). Raises `SpecError` for what cannot be emitted."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise SpecError(f"there are no kernels for inputs of {dtype}; there are for float16, bfloat16 and float32.")
-    product = spec.steps[0]
+    first = next((i for i, call in enumerate(spec.steps) if is_product(call)), None)
+    if first is None:
+        if not any(is_rowwise(call) for call in spec.steps):
+            raise SpecError(f"there is no main loop for {spec.steps[0].name}.")
+        return whole_rows(spec, dtype, kinds)
+    product, before = spec.steps[first], spec.steps[:first]
     kind = dict(MAIN_LOOPS).get(product.name)
-    if kind is None or not isinstance(product.args[0], Input):
+    if kind is None:
         raise SpecError(f"there is no main loop for {product.name}.")
-    loaders, bias = kind.read(product), given(product).get("bias")
-    taken = sum(loader.constants for _, loader in loaders)
-    epilogue = print_epilogue(spec.steps[1:], taken, kinds, bias if isinstance(bias, Constant) else None)
+    loaders = kind.read(product)
+    if before:
+        norm = norm_of(before)
+        if norm is None or kind is not Product:
+            raise SpecError(f"there is no kernel for {product.name} behind {', '.join(call.name for call in before)}.")
+        kind, loaders = NormedProduct, ((GAIN, Gain(1, loaders[0][1].columns, norm)), *loaders)
+    taken, bias = sum(loader.constants for _, loader in loaders), given(product).get("bias")
+    steps = behind(spec, first).steps[1:]
+    epilogue = print_epilogue(steps, taken, kinds, bias if isinstance(bias, Constant) else None, dtype)
     kernel = kind(spec, dtype, loaders, epilogue)
     _ = kernel.forms  # what cannot be emitted raises here, not at the first launch
     return kernel

@@ -42,9 +42,9 @@ _DTYPES = {
     "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2,
 }  # fmt: skip
 _STORED_AS = {"bf16": torch.uint16, "fp8e4nv": torch.uint8, "fp8e5": torch.uint8}  # numpy has no such floats
-_LIBDEVICE = {
+_LIBDEVICE: dict[str, Callable[[Tensor], Tensor]] = {
     "erf": torch.erf, "exp": torch.exp, "expm1": torch.expm1, "log": torch.log, "log1p": torch.log1p,
-    "rsqrt": torch.rsqrt, "tanh": torch.tanh,
+    "popc": lambda t: torch.stack([(t >> i) & 1 for i in range(32)]).sum(0), "rsqrt": torch.rsqrt, "tanh": torch.tanh,
 }  # fmt: skip
 _COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 _LAUNCH_ONLY = ("num_warps", "num_stages", "num_ctas", "maxnreg")
@@ -203,7 +203,8 @@ _stock = {name: getattr(InterpreterBuilder, name) for name in _REPAIRS if hasatt
 
 def _of_libdevice(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def call(x: Any, _semantic: Any = None, **_: Any) -> Any:
-        values = function(_to_torch(x.handle).float()).to(_DTYPES[x.dtype.name])
+        given = _to_torch(x.handle)
+        values = function(given.float() if given.is_floating_point() else given).to(given.dtype)
         return tl.tensor(_to_handle(values, x.dtype.scalar), x.type)
 
     return call

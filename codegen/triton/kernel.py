@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from fxcompress.codegen.ops.fused import evaluate
-from fxcompress.codegen.spec import Call, Constant, Spec
+from fxcompress.codegen.spec import Call, Constant, Spec, is_product
 from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.loaders.base import TYPES, Loader
 
-_IMPORTS = "import triton\nimport triton.language as tl\n\nfrom fxcompress.codegen.triton import parts\n"
+IMPORTS = "import triton\nimport triton.language as tl\n\nfrom fxcompress.codegen.triton import parts\n"
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,25 @@ class Kernel(ABC):
         return [Launch(self.form(config), self.signature(config), self.constants(config))]
 
     @property
+    def least_arch(self) -> int:
+        """The first card that has what it takes, 80 for sm_80."""
+        return 80
+
+    @functools.cached_property
+    def first(self) -> int:
+        """Which step is the product; those before it are a norm."""
+        return next((i for i, call in enumerate(self.spec.steps) if is_product(call)), 0)
+
+    @property
+    def product(self) -> Call:
+        return self.spec.steps[self.first]
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The outputs, counted from the product."""
+        return tuple(i - self.first for i in self.spec.outputs)
+
+    @property
     def rows(self) -> int:
         """N: features of an output."""
         return self.loaders[-1][1].rows
@@ -129,14 +148,14 @@ class Kernel(ABC):
     def label(self) -> str:
         """What it is, sizes apart: tables of launch configs go by it."""
         kept = ", ".join(loader.label for _, loader in self.loaders)
-        return f"{self.spec.steps[0].name}[{kept}] {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.product.name}[{kept}] {str(self.dtype).removeprefix('torch.')}"
 
     @functools.cached_property
     def source(self) -> str:
         """All forms, behind a header that says what they compute, and what it costs."""
-        return "\n\n".join([f'"""{self._header()}"""\n\n{_IMPORTS}', *self.forms.values()])
+        return "\n\n".join([f'"""{self.header()}"""\n\n{IMPORTS}', *self.forms.values()])
 
-    def _header(self) -> str:
+    def header(self) -> str:
         dtype, dense = str(self.dtype).removeprefix("torch."), self.rows * self.columns
         stored = sum(math.prod(c.shape) * c.dtype.itemsize for c in self.spec.constants)
         return f"""{self.spec}
@@ -149,6 +168,11 @@ class Kernel(ABC):
 
 What it means: torch.ops.fxcompress.fused(x, tensors, extras, spec), the spec being the first line.
 """
+    @property
+    def results(self) -> list[torch.dtype]:
+        """Of the outputs, where every extra is of the dtype of x."""
+        return [self.epilogue.types[i] for i in self.stored]
+
 
     def function(self, config: Config) -> Any:
         """The @triton.jit function."""
@@ -157,7 +181,7 @@ What it means: torch.ops.fxcompress.fused(x, tensors, extras, spec), the spec be
     def signature(self, config: Config) -> dict[str, str]:
         """Triton's types of the arguments that are no constexprs, in order."""
         x = "*" + TYPES[self.dtype]
-        types = {"x": x, **{f"y{i}": x for i in range(len(self.spec.outputs))}}
+        types = {"x": x, **{f"y{i}": "*" + TYPES[t] for i, t in enumerate(self.results)}}
         types |= {prefix + name: "*" + kind for prefix, of in self.loaders for name, kind in of.pointers.items()}
         for operand in self.epilogue.operands:
             read = operand.source.dtype if isinstance(operand.source, Constant) else self.dtype
@@ -195,9 +219,9 @@ What it means: torch.ops.fxcompress.fused(x, tensors, extras, spec), the spec be
         config: Config = DEFAULT,
         dtypes: Sequence[torch.dtype] | None = None,
     ) -> list[Tensor]:
-        """x (..., K) of the kernel's dtype -> its outputs (..., N), of `dtypes` (that of x)."""
+        """x (..., K) of the kernel's dtype -> its outputs (..., N), of `dtypes` (`results`)."""
         rows = x.reshape(-1, self.columns).contiguous()
-        outputs = self.empty(x, dtypes or [x.dtype] * len(self.spec.outputs))
+        outputs = self.empty(x, dtypes or self.results)
         if len(rows) == 0:
             return outputs
         own = sum(len(loader.pointers) for _, loader in self.loaders)

@@ -21,17 +21,19 @@ import torch
 from torch import Tensor
 
 from fxcompress.codegen.ops.fused import check, evaluate
-from fxcompress.codegen.spec import Extra, Spec, Value
+from fxcompress.codegen.spec import UNROWS, Extra, Spec, Value
 from fxcompress.codegen.triton.card import OLDEST, Card
 from fxcompress.codegen.triton.configs import choose
 from fxcompress.codegen.triton.epilogue import Kind
 from fxcompress.codegen.triton.generate import generate, kind_of
 from fxcompress.codegen.triton.kernel import Kernel
 from fxcompress.codegen.triton.lasting import lasting
-from fxcompress.codegen.triton.pieces import Piece, Source, pieces
+from fxcompress.codegen.triton.pieces import Piece, Source, folded, pieces
 from fxcompress.core.errors import SpecError
 
 log = logging.getLogger("fxcompress.kernels")
+
+FOLDED = 16  # tokens up to which a norm is done in the products that read it: more would be normalised again and again
 
 
 def run(
@@ -52,15 +54,20 @@ def run(
                 return made[index]
         return x.reshape(-1, x.shape[-1]) if source.rows else x
 
-    for piece in pieces(spec):
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    for piece in folded(spec) if tokens <= FOLDED else pieces(spec):
         own = [tensors[i] for i in piece.tensors]
-        given = [read(source) for source in piece.extras]
+        given, own_x = [read(source) for source in piece.extras], read(piece.x)
+        if any(call.name == UNROWS for call in piece.spec.steps):  # what follows has the dimensions of x
+            own_x = own_x.reshape(*x.shape[:-1], own_x.shape[-1])
         try:
-            results = _run_piece(piece, x, own, given, card)
+            results = _run_piece(piece, own_x, own, given, card)
         except _failures() as error:
             warn(name, f"{error}".strip().removesuffix("."))
-            results = evaluate(piece.spec, x, own, given)
-        made.update(zip(piece.makes, results))
+            results = evaluate(piece.spec, own_x, own, given)
+        lead = x.shape[:-1]
+        for at, flat, y in zip(piece.makes, piece.flat, results):
+            made[at] = y.reshape(tokens, y.shape[-1]) if flat else y.reshape(*lead, y.shape[-1])
     return [made[i] for i in spec.outputs]
 
 
@@ -93,8 +100,7 @@ def _run_piece(
 ) -> list[Tensor]:
     types = tuple((e.dtype, e.dim() == 0) for e in extras)
     dtypes = _dtypes(piece.spec, x.dtype, x.shape[-1], types)
-    outputs = compute(card, piece.spec, x, tensors, extras, dtypes)
-    return [y.reshape(-1, y.shape[-1]) if flat else y for y, flat in zip(outputs, piece.flat)]
+    return compute(card, piece.spec, x, tensors, extras, dtypes)
 
 
 def compute(
@@ -103,6 +109,8 @@ def compute(
 ) -> list[Tensor]:  # fmt: skip
     """One product and what follows it, by the kernel or apart. Raises `SpecError` for what cannot be emitted."""
     kernel, extras = kernel_for(spec, x, extras)
+    if kernel.least_arch > card.arch:
+        raise SpecError(f"{kernel.label} needs sm_{kernel.least_arch}, and {card.name} is sm_{card.arch}.")
     tokens = x.numel() // kernel.columns
     if tokens == 0:
         return kernel.empty(x, dtypes)

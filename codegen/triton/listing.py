@@ -25,8 +25,8 @@ from fxcompress.codegen.triton.configs import BUCKETS, choose
 from fxcompress.codegen.triton.epilogue import Kind
 from fxcompress.codegen.triton.generate import generate, kind_of
 from fxcompress.codegen.triton.kernel import Config, Kernel
-from fxcompress.codegen.triton.launch import missing
-from fxcompress.codegen.triton.pieces import Source, pieces
+from fxcompress.codegen.triton.launch import FOLDED, missing
+from fxcompress.codegen.triton.pieces import Source, folded, pieces
 from fxcompress.core.errors import SpecError
 
 NODES = (fused.fused._opoverload, fused.fused_parallel._opoverload)
@@ -81,29 +81,31 @@ def list_kernels(gm: fx.GraphModule, card: Card | None = None) -> Listing:
     return Listing(kernel for node in nodes for kernel in _of_node(node, on))
 
 
-def kernels_of(node: fx.Node) -> Iterator[tuple[Spec, Kernel | SpecError]]:
-    """Each piece of a fused node, and its kernel or why there is none."""
+def kernels_of(node: fx.Node) -> Iterator[tuple[Spec, Kernel | SpecError, tuple[int, ...]]]:
+    """Each piece of a fused node, its kernel or why there is none, and for how many tokens (BUCKETS) it is used."""
     spec, x = parse(str(node.args[3])), _value(node.args[0])
     extras = [_value(extra) for extra in node.args[2] or ()]  # type: ignore[union-attr]
     sizes: dict[str, int] = {}
-    for piece in pieces(spec):
+    few, many = folded(spec), pieces(spec)
+    uses = [(piece, tuple(at for at in BUCKETS if piece in (few if at <= FOLDED else many))) for piece in (*few, *many)]
+    for piece, buckets in dict(uses).items():
         try:
             rows = generate(piece.spec, x.dtype, ("scalar",) * piece.spec.extras).rows
             shape = (*_sizes(x, sizes)[:-1], rows)
             kinds = tuple(_kind(source, extras, shape, sizes) for source in piece.extras)
-            yield piece.spec, generate(piece.spec, x.dtype, kinds)
+            yield piece.spec, generate(piece.spec, x.dtype, kinds), buckets
         except SpecError as error:
-            yield piece.spec, error
+            yield piece.spec, error, buckets
 
 
 def _of_node(node: fx.Node, card: Card) -> Iterator[Emitted]:
     name = str(node.args[4]) if len(node.args) > 4 else ""
-    for spec, kernel in kernels_of(node):
+    for spec, kernel, buckets in kernels_of(node):
         if isinstance(kernel, SpecError):
             yield Emitted(node.name, name, str(spec), spec.steps[0].name, None, {}, str(kernel).removesuffix("."))
             continue
         path = write_source(kernel.source, digest_of(kernel.source))
-        configs = {at: choose(kernel, at, card) for at in BUCKETS}
+        configs = {at: choose(kernel, at, card) for at in buckets}
         yield Emitted(node.name, name, str(spec), kernel.label, path, configs, missing(card))
 
 
@@ -131,6 +133,8 @@ def _value(node: Any) -> Tensor:
 def _told(kernel: Emitted, at: int) -> str:
     if kernel.refusal:
         return "plain PyTorch"
+    if at not in kernel.configs:
+        return "-"
     config = kernel.configs[at]
     if config is None:
         return "apart"

@@ -77,7 +77,7 @@ class LowRankProduct(Kernel):
     @property
     def forms(self) -> dict[str, str]:
         (_, v), (_, u) = self.loaders
-        if u.columns > MOST or not u.in_order:
+        if u.columns > MOST or not u.in_order or v.together:
             return {}
         return {"fused_low_rank": low_rank("fused_low_rank", v, u, self.epilogue, self.spec.outputs)}
 

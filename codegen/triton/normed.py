@@ -7,19 +7,19 @@ The product's own loop, with a prologue: every tile of x is multiplied by g on i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fxcompress.codegen.ops.fused import evaluate
-from fxcompress.codegen.spec import Argument, Call, Input, Spec, given
-from fxcompress.codegen.triton.gemm import Product, Prologue, gemm, store
+from fxcompress.codegen.spec import Argument, Call, Constant, Input, Spec, behind, given
+from fxcompress.codegen.triton.gemm import Product, Prologue, gemm
 from fxcompress.codegen.triton.kernel import Compute, Config
 from fxcompress.codegen.triton.loaders.base import Loader
 from fxcompress.codegen.triton.norm import Norm
-from fxcompress.codegen.triton.unpack import FINISH, UNPACK, finish, unpack
 
 PREFIX = "n_"
 
@@ -93,62 +93,70 @@ class Gain(Loader):
         raise NotImplementedError("the norm is no weight")
 
 
-@dataclass(frozen=True)
 class NormedProduct(Product):
-    """One weight behind a norm; `before_it` are the steps of the norm."""
-
-    before_it: tuple[Call, ...] = ()
+    """One weight behind a norm."""
 
     @property
-    def norm(self) -> Gain:
+    def gain(self) -> Gain:
         gain = self.loaders[0][1]
         assert isinstance(gain, Gain)
         return gain
 
-    @property
+    @functools.cached_property
     def forms(self) -> dict[str, str]:
-        loader, epilogue, outputs = self.loaders[-1][1], self.epilogue, self.own_outputs
-        prologue = prologue_of(self.norm.norm, self.dtype)
-        return {
-            "fused_linear": gemm("fused_linear", loader, epilogue, outputs, False, prologue),
-            "fused_linear_split": gemm("fused_linear_split", loader, epilogue, outputs, True, prologue),
-        }
+        prologue = prologue_of(self.gain.norm, self.dtype)
+        names = {False: "fused_linear", True: "fused_linear_split"}
+        loader, outputs = self.loaders[-1][1], self.stored
+        return {name: gemm(name, loader, self.epilogue, outputs, split, prologue) for split, name in names.items()}
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.columns
 
     def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
         made = super().workspace(x, config)
         if not made:
             return made
-        across, _, _ = self.grid(len(x), config)
-        names = prologue_of(self.norm.norm, self.dtype).sums
-        sums = {f"partial_{s}": x.new_empty(config.split, across, len(x), dtype=torch.float32) for s in names}
+        across, _, split = self.grid(len(x), config)
+        names = prologue_of(self.gain.norm, self.dtype).sums
+        sums = {f"partial_{s}": x.new_empty(split, across, len(x), dtype=torch.float32) for s in names}
         return {"partials": made["partials"], **sums, "arrived": made["arrived"]}
 
     def prepare(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        norm, taken = self.norm.norm, self.norm.constants
-        own, rest = list(tensors[:taken]), tensors[taken:]
-        loader = self.loaders[-1][1]
-        gain = own.pop(0).float() if norm.weight else None
-        vectors = {"gain": gain}
+        norm, loader, taken = self.gain.norm, self.loaders[-1][1], self.gain.constants
+        own, rest = [t.float() for t in tensors[:taken]], tensors[taken:]
+        made: list[Tensor] = own[:1] if norm.weight else []
         if norm.layer:
-            vectors["sums"] = self._times(torch.ones(self.columns) if gain is None else gain, rest[: loader.constants])
+            made.append(self._times(own[0] if norm.weight else torch.ones(self.columns, device=rest[0].device), rest))
         if norm.bias:
-            vectors["shift"] = self._times(own.pop(0).float(), rest[: loader.constants])
-        made = [v.contiguous() for name in self.norm.pointers if (v := vectors[name]) is not None]
-        return (*made, *loader.prepare(rest[: loader.constants]), *(t.contiguous() for t in rest[loader.constants :]))
+            made.append(self._times(own[-1], rest))
+        kept = loader.prepare(rest[: loader.constants])
+        return (*(t.contiguous() for t in made), *kept, *(t.contiguous() for t in rest[loader.constants :]))
 
-    def _times(self, vector: Tensor, weight: Sequence[Tensor]) -> Tensor:
-        """W v (N,), in float32, of the weight as it is kept."""
-        product = Spec((Call("linear", (Input(), _exact(given(self.product)["weight"]))),), (0,))
-        tensors = [t.float() if t.is_floating_point() else t for t in weight]
-        wide = Spec(tuple(map(_widened, product.steps)), (0,))
-        return evaluate(wide, vector.to(weight[0].device)[None], tensors, [])[0][0]
+    def _times(self, vector: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """W v (N,) in float32, W unpacked in float32 too."""
+        weight = given(self.product)["weight"]
+        call = Call("linear", (Input(), _widened(weight)))
+        own = [t.float() if t.is_floating_point() else t for t in tensors[: self.loaders[-1][1].constants]]
+        return evaluate(Spec((call,), (0,)), vector[None], own, [])[0][0]
 
     def apart(
         self, x: Tensor, prepared: Sequence[Tensor], tensors: Sequence[Tensor], extras: Sequence[Tensor],
         dtypes: Sequence[torch.dtype], compute: Compute,
     ) -> list[Tensor]:  # fmt: skip
         """The norm, then the product."""
-        taken = self.norm.constants
-        first = Spec(self.before_it, (len(self.before_it) - 1,))
-        (normed,) = compute(first, x, tensors[:taken], [], [x.dtype])
-        return compute(self.rest, normed, tensors[taken:], extras, dtypes)
+        at, taken = self.first, self.gain.constants
+        norm = Spec(self.spec.steps[:at], (at - 1,))
+        (normed,) = compute(norm, x, tensors[:taken], [], [x.dtype])
+        return compute(behind(self.spec, at), normed, tensors[taken:], extras, dtypes)
+
+
+def _widened(weight: Argument) -> Argument:
+    """The same weight in float32."""
+    match weight:
+        case Constant(dtype, shape):
+            return Constant(torch.float32 if dtype.is_floating_point else dtype, shape)
+        case Call(name, args, named):
+            wide = ((k, torch.float32 if isinstance(v, torch.dtype) else v) for k, v in named)
+            return Call(name, tuple(map(_widened, args)), tuple(wide))
+    return weight

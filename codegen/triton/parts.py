@@ -7,13 +7,12 @@ bfloat16, whose last seven do. Every intermediate is a number of the format, so 
     word_plane      plane i of int32 words (fxcompress.codegen.triton.words), minus MIDDLE
     word_e4m3       the same of 8-bit floats
 
-No function of libdevice and no inline assembly: the interpreter has neither.
+No inline assembly, and of libdevice only what the interpreter is given too.
 """
-
-
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -74,6 +73,51 @@ def nearest(v):
 
 
 @triton.jit
+def maximum(a, b):
+    """NaN where either is, as torch has it: a mistake stays loud."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    """NaN where either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def clamp(v, low, high):
+    """`high` where low > high."""
+    return minimum(maximum(v, low), high)
+
+
+@triton.jit
+def power(v, N: tl.constexpr):
+    """v^N, N a whole number from 1 on, by at most 2 log2(N) products."""
+    if N == 1:
+        return v
+    elif N % 2 == 1:
+        return v * power(v, N - 1)
+    else:
+        half = power(v, N // 2)
+        return half * half
+
+
+@triton.jit
+def expm1(v):
+    """e^v - 1 to float32's precision: seven terms near 0, where the difference would cancel (rest < 0.35^7 / 8!)."""
+    series = 1.0 / 720.0 + v * (1.0 / 5040.0)
+    series = 1.0 / 6.0 + v * (1.0 / 24.0 + v * (1.0 / 120.0 + v * series))
+    return tl.where(tl.abs(v) < 0.35, v * (1.0 + v * (0.5 + v * series)), tl.exp(v) - 1.0)
+
+
+@triton.jit
+def log1p(v):
+    """log(1 + v) to float32's precision, v >= 0: what rounding 1 + v lost is put back by a quotient."""
+    u = 1.0 + v
+    return tl.where(u == 1.0, v, tl.log(u) * (v / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
 def tanh(v):
     return 2.0 * tl.sigmoid(2.0 * v) - 1.0
 
@@ -94,6 +138,73 @@ def silu(v):
 
 
 @triton.jit
-def softplus(v):
-    """log(1 + e^v), by the larger of 0 and v so that nothing overflows."""
-    return tl.maximum(v, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(v)))
+def softplus(v, beta, threshold):
+    """log(1 + e^(beta v)) / beta, by the larger of 0 and v so that nothing overflows; v itself past the threshold."""
+    scaled = beta * v
+    smooth = maximum(scaled, 0.0) + log1p(tl.exp(-tl.abs(scaled)))
+    return tl.where(scaled > threshold, v, smooth / beta)
+
+
+@triton.jit
+def mish(v):
+    """v tanh(softplus(v)); with e = e^v the tanh is n / (n + 2), n = e (e + 2), and 1 in float32 from v = 20 on."""
+    e = tl.exp(tl.minimum(v, 20.0))
+    n = e * (e + 2.0)
+    return v * (n / (n + 2.0))
+
+
+@triton.jit
+def elu(v, alpha, scale, input_scale):
+    return scale * tl.where(v > 0.0, v, alpha * expm1(input_scale * v))
+
+
+@triton.jit
+def popcount(word):
+    """int32 -> how many of its bits are set."""
+    return libdevice.popc(word)
+
+
+@triton.jit
+def kept(values, start, word, FLOAT: tl.constexpr):
+    """Bits `word` (rows,) -> (rows, 32) of FLOAT: where bit j is set, the value at `start` + the bits set below j."""
+    column = tl.arange(0, 32)[None, :]
+    rank = popcount(word[:, None] & ((1 << column) - 1))
+    some = (word[:, None] & (1 << column)) != 0
+    return tl.load((values + start)[:, None] + rank, mask=some, other=0.0).to(FLOAT)
+
+
+@triton.jit
+def column_of(places, at, TILE: tl.constexpr, NEAR: tl.constexpr):
+    """Kept columns `at` -> columns of x. NEAR of them are neighbours, the first a multiple of NEAR, which is said."""
+    column = tl.load(places + at // TILE) * TILE + at % TILE
+    return tl.max_contiguous(tl.multiple_of(column, NEAR), NEAR)
+
+
+@triton.jit
+def code_at(codes, column, inside, BITS: tl.constexpr):
+    """Codes of `column` in a row as files pack it (fxcompress.codegen.packing), float32. Only 3 bits straddle bytes."""
+    at = column * BITS
+    code = tl.load(codes + at // 8, mask=inside, other=0).to(tl.int32)
+    if BITS == 3:
+        code |= tl.load(codes + at // 8 + 1, mask=inside & (at % 8 > 5), other=0).to(tl.int32) << 8
+    return ((code >> (at % 8)) & ((1 << BITS) - 1)).to(tl.float32)
+
+
+@triton.jit
+def scale_at(scales, grid, group, inside):
+    code = tl.load(scales + group, mask=inside, other=0).to(tl.float32)
+    return tl.exp2(tl.load(grid) + tl.load(grid + 1) * code)
+
+
+@triton.jit
+def zero_at(zeros, group, inside, BITS: tl.constexpr):
+    code = (tl.load(zeros + group // 2, mask=inside, other=0).to(tl.int32) >> (4 * (group % 2))) & 15
+    return code.to(tl.float32) * (2.0**BITS / 16.0) - 0.5
+
+
+@triton.jit
+def byte_e4m3(code):
+    """uint8 bits of e4m3 numbers -> float32, exact: the exponent is eight too small in float16."""
+    bits = code.to(tl.uint16)
+    small = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), small.to(tl.float32) * 256.0)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxcompress.codegen.spec import (
-    ROWWISE,
     UNROWS,
     Argument,
     Call,
@@ -30,13 +29,13 @@ from fxcompress.codegen.spec import (
     Spec,
     Value,
     after,
+    is_product,
+    is_rowwise,
     leaves,
-    name_of,
 )
 from fxcompress.codegen.triton.norm import norm_of
 
 Source = Extra | Value | Input  # an extra of the whole program, what one of its steps made, or its input
-_ROWWISE = frozenset(map(name_of, ROWWISE))
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,12 @@ def pieces(spec: Spec) -> tuple[Piece, ...]:
         leaving = [at for at in members if at in spec.outputs or read_by.get(at, {piece}) != {piece}]
         x = _x(spec, members)
         sources: list[Source] = []
-        steps = tuple(_moved(spec.steps[at], members, x, sources) for at in members)
+        product = is_product(spec.steps[members[0]])
+        steps = tuple(
+            # What follows a product reads x as it reads any other activation.
+            _moved(spec.steps[at], members, x if not product or at == members[0] else None, sources)
+            for at in members
+        )
         made.append(
             Piece(
                 Spec(steps, tuple(members.index(at) for at in leaving)),
@@ -104,12 +108,6 @@ def folded(spec: Spec) -> tuple[Piece, ...]:
     )
 
 
-def is_product(call: Call) -> bool:
-    """True for a linear op, of whatever structure, of an activation and constants: where a piece begins."""
-    constants = any(isinstance(a, Constant | Call | tuple) for a in call.arguments[1:])
-    return call.name.endswith("linear") and constants and isinstance(call.args[0], Input | Value)
-
-
 def _owners(spec: Spec) -> list[int]:
     """The piece of every step."""
     owner: list[int] = []
@@ -123,7 +121,7 @@ def _owners(spec: Spec) -> list[int]:
         last = max((owner[v.index] for v in _values(call.arguments)), default=None)
         if is_product(call):
             owner.append(begin(True))
-        elif last is None or (call.name in _ROWWISE and kinds[last]):
+        elif last is None or (is_rowwise(call) and kinds[last]):
             owner.append(begin(False) if kinds[:1] != [False] or last is not None else 0)
         else:
             owner.append(last)
@@ -153,17 +151,20 @@ def _x(spec: Spec, members: list[int]) -> Source:
     """What the first step of a piece acts on."""
     first = spec.steps[members[0]]
     read = [a for a in leaves(first.arguments) if isinstance(a, Input | Value | Extra)]
-    return first.args[0] if is_product(first) else read[0]  # type: ignore[return-value]
+    source = first.args[0] if is_product(first) else read[0]
+    return Input() if isinstance(source, Input) else source  # type: ignore[return-value]
 
 
-def _moved(call: Call, members: list[int], x: Source, sources: list[Source]) -> Call:
+def _moved(call: Call, members: list[int], x: Source | None, sources: list[Source]) -> Call:
     """The call with its values numbered within the piece, or read as x or extras."""
 
     def moved(value: Argument) -> Any:
         match value:
             case Value(index) if index in members:
                 return Value(members.index(index))
-            case Value() | Extra() | Input() if value == x:
+            case Input() if x == Input():
+                return value
+            case Value() | Extra() if value == x:
                 return Input()
             case Value() | Extra() | Input():
                 if value not in sources:

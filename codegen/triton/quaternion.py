@@ -21,6 +21,7 @@ from fxcompress.codegen.triton.gemm import indent, store
 from fxcompress.codegen.triton.kernel import Config, Kernel
 from fxcompress.codegen.triton.loaders import loader_of
 from fxcompress.codegen.triton.loaders.base import Loader
+from fxcompress.core.errors import SpecError
 
 PREFIX = "w_"
 CHUNKS = range(4)
@@ -30,6 +31,8 @@ def quaternion(name: str, loader: Loader, epilogue: Epilogue, outputs: Sequence[
     """The text of the kernel. Arguments: x, one y an output, the loader's, the epilogue's, M; BLOCK_M and BLOCK_N are
     constexprs, and BLOCK_N counts rows of Q. Raises `SpecError` where no component can be walked from its beginning."""
     chunk = loader.columns // 4
+    if loader.together:
+        raise SpecError(f"quaternions cannot be read as {type(loader).__name__}: their rows meet other columns of x.")
     loader = loader.in_chunks(chunk)
     arguments = ["x", *(f"y{i}" for i in range(len(outputs))), *(PREFIX + p for p in loader.pointers)]
     arguments += [f"p_{o.name}" for o in epilogue.operands]

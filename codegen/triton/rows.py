@@ -12,13 +12,18 @@ The row stays in registers, so the mean is known before anything is measured fro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from fxcompress.codegen.spec import Argument, Call, Constant, Input, given
-from fxcompress.codegen.triton.epilogue import Printer
+import torch
+
+from fxcompress.codegen.spec import Argument, Call, Constant, Extra, Input, Spec, Value, given
+from fxcompress.codegen.triton.epilogue import Kind, Printer
 from fxcompress.codegen.triton.gemm import indent, store
 from fxcompress.codegen.triton.kernel import Config, Kernel
 from fxcompress.codegen.triton.loaders.base import Loader
+from fxcompress.codegen.triton.norm import norm_of
 from fxcompress.core.errors import SpecError
 
 NAME = "whole_rows"
@@ -32,25 +37,27 @@ class RowPrinter(Printer):
     def _value(self, argument: Argument) -> str:
         return "acc" if isinstance(argument, Input) else super()._value(argument)
 
+    def _type(self, call: Call) -> torch.dtype:
+        if call.name in ("layer_norm", "rms_norm", "mean") or any(isinstance(a, Input) for a in call.args):
+            return self.dtype
+        return super()._type(call)
+
     def _expression(self, call: Call) -> str:
-        named = given(call)
+        named, norm = given(call), norm_of([call])
         match call.name:
             case "mean":
                 return _mean(self._value(call.args[0]))
             case "rms_norm":
+                assert norm is not None
                 x = self._value(named["input"])
-                return self._scaled(f"{x} * tl.rsqrt({_mean(f'{x} * {x}')} + {self._eps(named)!r})", named)
+                return self._scaled(f"{x} * tl.rsqrt({_mean(f'{x} * {x}')} + {norm.epsilon(self.dtype)!r})", named)
             case "layer_norm":
+                assert norm is not None
                 x = self._value(named["input"])
                 self.lines.append(f"centred = {x} - {_mean(x)}")
-                return self._scaled(f"centred * tl.rsqrt({_mean('centred * centred')} + {self._eps(named)!r})", named)
+                variance = _mean("centred * centred")
+                return self._scaled(f"centred * tl.rsqrt({variance} + {norm.epsilon(self.dtype)!r})", named)
         return super()._expression(call)
-
-    def _eps(self, named: dict[str, Argument]) -> float:
-        eps = named.get("eps", 1e-5)
-        if not isinstance(eps, float):
-            raise SpecError(f"there is no kernel for a norm whose eps is {eps!r}.")
-        return eps
 
     def _scaled(self, text: str, named: dict[str, Argument]) -> str:
         weight, bias = (named.get(name) for name in ("weight", "bias"))
@@ -71,6 +78,10 @@ class WholeRows(Kernel):
     @classmethod
     def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
         return ()
+
+    def header(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.spec}\n\n    x (M, {self.rows}) {dtype}  ->  y (M, {self.rows})\n"
 
     @property
     def forms(self) -> dict[str, str]:
@@ -114,3 +125,38 @@ def {NAME}({", ".join(arguments)}, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     @property
     def label(self) -> str:
         return f"rows {str(self.dtype).removeprefix('torch.')}"
+
+
+def whole_rows(spec: Spec, dtype: torch.dtype, kinds: Sequence[Kind]) -> WholeRows:
+    """The kernel of a program without a product. Raises `SpecError`."""
+    features = _features(spec)
+    if features > MOST:
+        raise SpecError(f"rows of {features} features do not stay on the chip: at most {MOST:,}.")
+    if any(_reduced(spec)[i] for i in spec.outputs):
+        raise SpecError("there is no kernel that writes one number a row.")
+    printer = RowPrinter(0, kinds, dtype)
+    printer.values, printer.types = [], []
+    return WholeRows(spec, dtype, (), printer.print(spec.steps), features)
+
+
+def _reduced(spec: Spec) -> list[bool]:
+    """Steps whose value is one number a row."""
+    reduced: list[bool] = []
+    for call in spec.steps:
+        read = [a for a in call.args if isinstance(a, Input | Extra | Value | Constant)]
+        reduced.append(
+            call.name == "mean" or (bool(read) and all(isinstance(a, Value) and reduced[a.index] for a in read))
+        )
+    return reduced
+
+
+def _features(spec: Spec) -> int:
+    """N, by the norms and the constants of a whole row."""
+    sizes: list[Any] = []
+    for call in spec.steps:
+        shape = dict(call.named).get("normalized_shape")
+        sizes += shape if isinstance(shape, tuple) else ()
+    sizes += [c.shape[-1] for c in spec.constants if c.shape and c.shape[-1] > 1]
+    if not sizes:
+        raise SpecError("there is no kernel for rows whose length no norm and no constant tells.")
+    return int(sizes[0])

@@ -20,6 +20,7 @@ import torch
 
 from fxcompress.codegen.spec import parse
 from fxcompress.codegen.triton.ahead import compile_ahead
+from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.catalogue import Entry, Row
 from fxcompress.codegen.triton.configs import ANY
 from fxcompress.codegen.triton.generate import generate
@@ -46,7 +47,7 @@ def seeds(arch: int, entries: Sequence[Entry], machine: Machine = H200) -> Itera
     """Kernels whose rule has no config at a bucket are left out."""
     for entry in entries:
         kernel = generate(parse(entry.product), torch.bfloat16)
-        for bucket in TOKENS:
+        for bucket in TOKENS if kernel.least_arch <= arch else ():
             rule = kernel.rule(bucket, machine.multiprocessors) if kernel.forms else None
             if rule is None:
                 continue
@@ -79,15 +80,16 @@ def _near(rule: Config) -> list[Config]:
 
 def _score(kernel: Kernel, entry: Entry, config: Config, tokens: int, arch: int, machine: Machine) -> float:
     """0 for what must not be launched."""
+    launch = kernel.launches(config)[-1]  # of several, the one that finishes
+    function = getattr(load_source(kernel.source), launch.form)
     report = compile_ahead(
-        kernel.function(config), kernel.signature(config), kernel.constants(config), arch, config.warps, config.stages,
-        unaligned=("M",),
-    )  # fmt: skip
-    row = Row(entry, config, report)
+        function, launch.signature, launch.constants, arch, config.warps, config.stages, unaligned=("M",)
+    )
+    row = Row(entry, config, launch, report)
     if row.faults:
         return 0.0
     programs = math.prod(kernel.grid(tokens, config))
     blocks = min(report.blocks_per_multiprocessor, math.ceil(programs / machine.multiprocessors))
-    flying = blocks * (config.stages - 1) * config.block_n * entry.step * entry.bits / 8
+    flying = blocks * (config.stages - 1) * launch.constants["BLOCK_N"] * entry.step * entry.bits / 8
     needed = machine.bandwidth * LATENCY / machine.multiprocessors
     return min(row.mix.bound(entry.bits, machine), flying / needed, 1.0)

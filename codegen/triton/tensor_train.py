@@ -120,6 +120,10 @@ class TensorTrainProduct(TwoLaunches):
             Stage("fused_train_outer", behind, second, m_1, m_2, Span(second.columns, x=run), "own", feature),
         )
 
+    @property
+    def most_tokens(self) -> int:
+        return 1_024  # z is what costs, as said above
+
     @functools.cached_property
     def rows(self) -> int:
         rows = given(self.spec.steps[0])["rows"]

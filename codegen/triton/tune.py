@@ -31,7 +31,7 @@ from fxcompress.codegen.triton.configs import bucket, remember, size_of
 from fxcompress.codegen.triton.epilogue import Kind
 from fxcompress.codegen.triton.generate import generate, kind_of
 from fxcompress.codegen.triton.kernel import Config, Kernel
-from fxcompress.codegen.triton.pieces import Piece, pieces
+from fxcompress.codegen.triton.pieces import Piece, folded, pieces
 from fxcompress.codegen.triton.timing import Call, Timer, Timing, copies
 from fxcompress.core.errors import SpecError
 
@@ -73,13 +73,14 @@ def works_of(gm: fx.GraphModule) -> list[Work]:
             continue
         x, tensors, extras, text = node.args[:4]
         constants = [_constant(gm, t) for t in tensors]
-        for piece in pieces(parse(text)):
+        for piece in dict.fromkeys((*pieces(parse(text)), *folded(parse(text)))):
             try:
                 kernel = generate(piece.spec, x.meta["val"].dtype, _kinds(piece, x, extras))
             except SpecError:
                 continue
-            work = Work(kernel, tuple(constants[i] for i in piece.tensors))
-            found.setdefault(work.key, work)
+            if kernel.loaders:  # whole rows are divided in one way
+                work = Work(kernel, tuple(constants[i] for i in piece.tensors))
+                found.setdefault(work.key, work)
     return list(found.values())
 
 

@@ -133,6 +133,18 @@ class TwoLaunches(Kernel):
         launch = Launch(first.name, {"x": x, **own, "z": x, "M": "i32"}, first.constants(config))
         return [launch, *super().launches(config)]
 
+    def rule(self, tokens: int, multiprocessors: int) -> Config | None:
+        """Few tokens: narrow tiles, so that there are programs enough. Many: a library's products."""
+        rows = min(loader.most_rows for _, loader in self.loaders)
+        if tokens > self.most_tokens or (tokens > 64 and self.dtype.itemsize > 2):
+            return None
+        return Config(16, min(64, rows), 1, 4, 3) if tokens <= 32 or rows < 128 else Config(64, 128, 1, 8, 3)
+
+    @property
+    def most_tokens(self) -> int:
+        """Beyond which the body of the op is the better guess."""
+        return 256
+
     def workspace(self, x: Tensor, config: Config) -> dict[str, Tensor]:
         return {"z": x.new_empty(len(x), self.between)}
 

@@ -7,7 +7,8 @@ writing W once. (From about 180 tokens on, 4-bit weights have nothing left to wi
 itself is what takes the time. `fxcompress.codegen.triton.configs` says from where on this is done.)
 
 How a loader scales is told in terms of a product with activations (fxcompress.codegen.triton.loaders.base); column j
-of W is the product with e_j, so that is what is asked of it: each tile as the product, ones as the sums.
+of W is the product with e_j, so that is what is asked of it: each tile as the product, ones as the sums. Where only
+kept columns are walked, W starts as zeros.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def {name}({", ".join(prefix + p for p in loader.pointers)}, weight, BLOCK_N: tl
     N: tl.constexpr = {loader.rows}
     K: tl.constexpr = {loader.columns}
     FLOAT: tl.constexpr = weight.dtype.element_ty
-    rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pn = tl.program_id(0)
+    rn = pn * BLOCK_N + tl.arange(0, BLOCK_N)
     n_in = rn < N
     k = tl.program_id(1) * {loader.step}
 {lines}

@@ -24,7 +24,7 @@ from fxcompress.core.errors import SpecError
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int16: "i16",
-    torch.uint8: "u8", torch.int8: "i8",
+    torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 
@@ -90,6 +90,16 @@ class Loader(ABC):
                 "the weight in another way."
             )
         return self
+
+    @property
+    def walked(self) -> int:
+        """Columns that the loop goes through: those that are kept."""
+        return self.columns
+
+    @property
+    def together(self) -> int | None:
+        """How many rows a program takes, where others would meet other columns."""
+        return None
 
     @property
     def in_order(self) -> bool:
