@@ -110,7 +110,7 @@ def two_sizes(monkeypatch):
 def test_a_whole_run_with_a_timer_made_up(two_sizes, tmp_path, monkeypatch):
     told = gpu.run(bench(), shapes=((256, 256),), large=32)
     assert [row.get("error") for row in told["rows"]] == [None] * 2 * len(FAMILIES)
-    assert told["matmul_rates"].keys() == {"bfloat16", "int8"}
+    assert told["matmul_rates"].keys() == {"bfloat16", "int8", "float8_e4m3fn"}
     assert told["left_out"] == []
     four, low = (next(r for r in told["rows"] if r["family"] == name) for name in ("int4 g128", "low rank n/4"))
     assert set(four["rivals"]) == {DENSE, "tinygemm", "max-autotune"}

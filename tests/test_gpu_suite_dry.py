@@ -13,6 +13,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from benchmarks._constants import constants_of  # noqa: E402
+from fxcompress.codegen.ops.fused import evaluate  # noqa: E402
+from fxcompress.codegen.spec import parse  # noqa: E402
 from fxcompress.codegen.triton import catalogue  # noqa: E402
 from fxcompress.codegen.triton.interpreter import interpreter  # noqa: E402
 from tests.gpu import __main__ as runner  # noqa: E402
@@ -89,6 +92,16 @@ def test_memory_is_poisoned_before_a_kernel_writes_it():
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+
+
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in catalogue.ENTRIES])
+def test_constants_made_up_for_a_spec_are_fit_for_it(entry):
+    """At the sizes that a GPU gets: finite results of order one."""
+    spec = parse(entry.product)
+    x = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = evaluate(spec, x, constants_of(spec, "cpu"), [])[0].float()
+    assert bool(y.isfinite().all())
+    assert 0.02 < float(y.std()) < 20
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in chosen()])

@@ -88,8 +88,8 @@ ENTRIES = (
           (NARROW, PREFILL)),
     Entry("Monarch int4", f"monarch_linear(x, {dequantize(4, 64, 1024)}, {dequantize(4, 64, SIZE, 1024)}, blocks=4)",
           4.25, 128, (NARROW, PREFILL)),
-    Entry("tensor train", f"tensor_train_linear(x, [{_CORES}], n={_DIGITS}, m={_DIGITS}, rows={SIZE})", 16, 64,
-          (NARROW, Config(64, 64, 1, 4, 3))),
+    Entry("tensor train", f"tensor_train_linear(x, [{_CORES}], n={_DIGITS}, m={_DIGITS}, rows={SIZE}, bias=None)",
+          16, 64, (NARROW, Config(64, 64, 1, 4, 3))),
     Entry("float8 x float8", f"float8_dynamic_linear(x, uint8[{SIZE}, {SIZE}], float32[{SIZE}], float32[{SIZE}])", 8,
           128, (DECODE, Config(128, 128, 1, 8, 3))),
 )  # fmt: skip
