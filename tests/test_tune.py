@@ -186,6 +186,7 @@ def test_shipped_tables_are_predictions_and_say_so(monkeypatch):
         told = configs._read(path)
         assert "nothing was measured" in told["source"]
         assert told["configs"]
+        assert "date" not in told  # of no measurement
         assert all(list(sizes) == [configs.ANY] for sizes in told["configs"].values())
 
 
@@ -233,9 +234,10 @@ def test_what_cannot_be_tuned_is_said(arguments, complaint, saved, capsys, monke
 
 def test_the_command_prints_a_seeded_table(capsys, monkeypatch):
     monkeypatch.setattr(catalogue, "ENTRIES", catalogue.ENTRIES[:1])
-    monkeypatch.setattr(seed, "_score", lambda *_: 1.0)
-    assert main(["tune", "--seed", "--quiet"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["configs"]) == ["linear[bfloat16] bfloat16"]
+    for better, named in ((3, []), (8, ["linear[bfloat16] bfloat16"])):
+        monkeypatch.setattr(seed, "_score", lambda *of, best=better: float(of[2].warps == best))
+        assert main(["tune", "--seed", "--quiet"]) == 0
+        assert list(json.loads(capsys.readouterr().out)["configs"]) == named
 
 
 def test_nothing_here_asked_the_driver():

@@ -59,10 +59,11 @@ def seeds(arch: int, entries: Sequence[Entry], machine: Machine = H200) -> Itera
 
 
 def table(found: Sequence[Seed], arch: int, triton: str) -> dict[str, Any]:
-    """As fxcompress.codegen.triton.configs reads it."""
+    """As fxcompress.codegen.triton.configs reads it; what is the rule's is left to the rule."""
     configs: dict[str, dict[str, dict[str, Any]]] = {}
     for seed in found:
-        configs.setdefault(seed.label, {}).setdefault(ANY, {})[str(seed.bucket)] = asdict(seed.config)
+        if seed.config != seed.rule:
+            configs.setdefault(seed.label, {}).setdefault(ANY, {})[str(seed.bucket)] = asdict(seed.config)
     source = f"static model of sm_{arch}, triton {triton}: predicted from machine code, nothing was measured"
     return {"source": source, "configs": configs}
 
