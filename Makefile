@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test demo bench clean
+.PHONY: help venv test gpu demo bench clean
 
 help:  ## these lines
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -22,6 +22,12 @@ test: venv  ## lint, types, layers, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# No .venv: the torch and triton that fit this machine's driver are there already, and nothing else is needed.
+gpu:  ## on a CUDA machine with torch >= 2.11, triton >= 3.6 (PYTHON=...): kernels tested and timed, 10 minutes
+	@status=0; export PYTHONPATH=.; \
+	$(PYTHON) -m tests.gpu || status=1; \
+	$(PYTHON) benchmarks/gpu.py || status=1; exit $$status
 
 demo: venv  ## compress a sentence encoder, save it, load it and use it
 	$(BIN)/python benchmarks/demo.py

@@ -4,6 +4,7 @@
     fxcompress plan ./my-bert --budget 4x --calibration texts.txt
     fxcompress inspect ./my-bert-4x
     fxcompress kernels --arch 90
+    fxcompress tune ./my-bert-4x
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def _inspect(options: argparse.Namespace) -> None:
     _print(options, {"plan": plan.to_json(), "report": report.to_json()}, f"{plan}\n\n{report}")
 
 
-def _kernels(options: argparse.Namespace) -> None:
+def _catalogue(arch: int) -> Any:
+    """The module, where Triton is installed and knows the card."""
     try:
         from fxcompress.codegen.triton import catalogue
     except ImportError as error:
@@ -95,9 +97,14 @@ def _kernels(options: argparse.Namespace) -> None:
             f"kernels are compiled by Triton, which cannot be imported here ({error}): "
             "pip install 'fxcompress[triton]'."
         ) from error
-    if options.arch not in catalogue.TENSOR_CORES:
+    if arch not in catalogue.TENSOR_CORES:
         known = ", ".join(map(str, catalogue.TENSOR_CORES))
-        raise KernelError(f"--arch {options.arch}: kernels can be compiled for {known} (90 is sm_90, an H100 or H200).")
+        raise KernelError(f"--arch {arch}: kernels can be compiled for {known} (90 is sm_90, an H100 or H200).")
+    return catalogue
+
+
+def _kernels(options: argparse.Namespace) -> None:
+    catalogue = _catalogue(options.arch)
     rows = list(catalogue.compile_all(options.arch))
     data = [
         {"kernel": row.entry.name, "function": row.launch.form, "config": asdict(row.config),
@@ -112,6 +119,43 @@ def _kernels(options: argparse.Namespace) -> None:
     faulty = [f"{row.entry.name} {'; '.join(row.faults)}" for row in rows if row.faults]
     if faulty:
         raise KernelError(f"{len(faulty)} of {len(rows)} kernels are at fault: {'. '.join(faulty)}.")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    entries = _catalogue(options.arch).ENTRIES
+    if options.seed == bool(options.folder):
+        raise KernelError("tune takes either the folder of a compressed model, or --seed.")
+    if options.seed:
+        _seed(options, entries)
+        return
+    import torch
+
+    from fxcompress.codegen.triton import timing, tune
+    from fxcompress.codegen.triton.card import card_of
+    from fxcompress.codegen.triton.configs import own_table
+
+    if min(options.tokens) < 1:
+        raise KernelError(f"--tokens {min(options.tokens)}: numbers of tokens are 1 or more.")
+    device = timing.need_cuda("tuning")
+    card, cache = card_of(device), torch.cuda.get_device_properties(device).L2_cache_size
+    model = load(options.folder).to(device)
+    found = tune.tune_model(model, options.tokens, card, cache, timing.measure, not options.quiet)
+    if not found:
+        raise KernelError(f"{options.folder} has no fused node that there is a kernel for; there is nothing to tune.")
+    path = own_table(card.name)
+    data = [{**asdict(one), "key": list(one.key)} for one in found]
+    _print(options, {"out": str(path), "found": data}, f"{tune.table(found)}\n\nwritten to {path}")
+
+
+def _seed(options: argparse.Namespace, entries: Any) -> None:
+    import triton
+    from tqdm import tqdm
+
+    from fxcompress.codegen.triton import seed
+
+    each = seed.seeds(options.arch, entries)
+    found = list(tqdm(each, "seed", unit="kernel", disable=options.quiet, leave=False))
+    print(json.dumps(seed.table(found, options.arch, triton.__version__), indent=1, sort_keys=True))
 
 
 def _calibration(options: argparse.Namespace, model: Any) -> Any:
@@ -145,6 +189,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "print the plan and the report of a compressed folder")
     kernels = command("kernels", _kernels, "compile every kind of Triton kernel for a GPU that need not be here")
     kernels.add_argument("--arch", type=int, default=90, help="compute capability, 90 for sm_90 (default)")
+    tune = command("tune", _tune, "measure launch configs for a compressed folder on this GPU, once and for all")
+    tune.add_argument("folder", nargs="?", metavar="DIR", help="folder written by `fxcompress compress`")
+    tune.add_argument(
+        "--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 1024], help="numbers of tokens (1 16 64 256 1024)"
+    )
+    tune.add_argument("--seed", action="store_true", help="without a GPU: predict a table for all kinds, and print it")
+    tune.add_argument("--arch", type=int, default=90, help="of --seed: compute capability (default 90)")
+    tune.add_argument("--quiet", action="store_true", help="no progress bars")
     for sub in (compress, plan):
         sub.add_argument("model", metavar="MODEL_DIR", help="folder written by save_pretrained, with its tokenizer")
         sub.add_argument("--budget", default="4x", help='size: "4x", "25%%", "12 MB" (default 4x)')

@@ -33,6 +33,7 @@ OWN_INPUT = "low_rank_linear(x, bfloat16[8, 128], bfloat16[128, 8], bfloat16[128
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(configs, "_SHIPPED", tmp_path / "nothing is shipped")
     launch.warn.cache_clear()
     configs._table.cache_clear()
     yield

@@ -4,7 +4,9 @@
     key        what the kernel is ("linear[int4 g128] bfloat16"), then its size ("8192x8192"), then tokens up to
     value      a config, or null: unpack the weight once and let the library multiply
 
-What no table names goes by the kernel's own rule (`Kernel.rule`). Nothing is timed at a first call.
+What no table names goes by the kernel's own rule (`Kernel.rule`). The size "*", of tables that were predicted
+(fxcompress.codegen.triton.seed), amends it: rows of a tile, warps and stages are the table's, all else the rule's.
+Nothing is timed at a first call.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from fxcompress.codegen.triton.kernel import Config, Kernel
 log = logging.getLogger("fxcompress.kernels")
 
 BUCKETS = (16, 32, 64, 128, 256, 1024)  # tokens up to; beyond the last, the last
+ANY = "*"  # size
 _SHIPPED = Path(__file__).parent / "configs"
 
 Table = dict[str, dict[str, dict[str, Any]]]  # label -> size -> bucket -> config
@@ -35,10 +38,25 @@ def choose(kernel: Kernel, tokens: int, card: Card) -> Config | None:
     if not kernel.forms:  # nothing of it fits a chip
         return None
     at = str(bucket(tokens))
-    sizes = _table(card.name).get(kernel.label, {}).get(f"{kernel.rows}x{kernel.columns}", {})
-    if at in sizes:
-        return None if sizes[at] is None else Config(**sizes[at])
-    return kernel.rule(tokens, card.multiprocessors)
+    sizes = _table(card.name).get(kernel.label, {})
+    own = sizes.get(size_of(kernel), {})
+    if at in own:
+        return None if own[at] is None else Config(**own[at])
+    return _amended(kernel.rule(tokens, card.multiprocessors), sizes.get(ANY, {}).get(at))
+
+
+def _amended(rule: Config | None, seeded: Mapping[str, int] | None) -> Config | None:
+    """Narrower tiles are more of them, so fewer ways to split."""
+    if rule is None or seeded is None:
+        return rule
+    block_n = seeded["block_n"]
+    split = max(1, rule.split * block_n // rule.block_n)
+    return replace(rule, block_n=block_n, split=split, warps=seeded["warps"], stages=seeded["stages"])
+
+
+def size_of(kernel: Kernel) -> str:
+    """As tables write it."""
+    return f"{kernel.rows}x{kernel.columns}"
 
 
 def bucket(tokens: int) -> int:

@@ -8,10 +8,14 @@ zeroing inside a capture would be one more node in the graph, as long as a small
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from fxcompress.codegen.triton.lasting import lasting
 
 SLAB = 1 << 20  # 4 MB: some 8,000 captured launches of 128 tiles
 _STREAM = 1 << 14  # a stream's own
@@ -34,12 +38,24 @@ def zeroed(count: int, device: torch.device) -> Tensor:
         return _of_stream[key]
 
 
+@contextlib.contextmanager
+def lent(device: torch.device) -> Iterator[None]:
+    """What is captured inside gives its counters back at the end: for graphs that are gone by then. Nothing else may
+    be launched inside but their replays."""
+    with _lock:
+        before = _slabs.get(device)
+    yield
+    with _lock:
+        if before is not None:
+            _slabs[device] = before
+
+
 def _take(count: int, device: torch.device, grow: bool) -> Tensor:
-    slab, given = _slabs.get(device, (torch.empty(0, dtype=torch.int32, device=device), 0))
+    slab, given = _slabs.get(device, (torch.empty(0, dtype=torch.int32), 0))
     if given + count > len(slab):
-        made = torch.zeros(max(count, SLAB if grow else count), dtype=torch.int32, device=device)
         if not grow:  # inside a capture: zeroed by the graph, at every replay
-            return made
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        made = lasting(lambda: torch.zeros(max(count, SLAB), dtype=torch.int32, device=device), device)
         torch.cuda.current_stream(device).synchronize()  # other streams will use it too
         slab, given = made, 0
     _slabs[device] = (slab, given + count)

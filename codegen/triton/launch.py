@@ -27,6 +27,7 @@ from fxcompress.codegen.triton.configs import choose
 from fxcompress.codegen.triton.epilogue import Kind
 from fxcompress.codegen.triton.generate import generate, kind_of
 from fxcompress.codegen.triton.kernel import Kernel
+from fxcompress.codegen.triton.lasting import lasting
 from fxcompress.codegen.triton.pieces import Piece, Source, folded, pieces
 from fxcompress.core.errors import SpecError
 
@@ -169,6 +170,6 @@ def _prepared(kernel: Kernel, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for tensor in tensors:
             weakref.finalize(tensor, _kept.pop, key, None).atexit = False
     if key not in _kept or _kept[key][0] != state:
-        with torch.no_grad():
-            _kept[key] = state, kernel.prepare([t.detach() for t in tensors])
+        made = lasting(lambda: kernel.prepare([t.detach() for t in tensors]), tensors[0].device)
+        _kept[key] = state, made
     return _kept[key][1]
