@@ -12,9 +12,11 @@ same bits.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import logging
 import lzma
@@ -137,7 +139,9 @@ def predicted_overhead(original: SignedModule, plan: Plan) -> int:
 
 
 def _files(gm: SignedModule) -> dict[str, bytes]:
-    """Every file's content, the manifest last."""
+    """Every file's content, the manifest last; whatever device it is on, it is written for a CPU."""
+    if any(tensor.device.type != "cpu" for tensor in itertools.chain(gm.parameters(), gm.buffers())):
+        gm = copy.deepcopy(gm).to("cpu")
     tensors, aliases = _tensors(gm)
     files = {
         TENSORS: safetensors.torch.save(tensors),

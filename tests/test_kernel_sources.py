@@ -1,5 +1,9 @@
 """The emitted text of a few specs, so that a refactoring that claims to change nothing proves it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -51,3 +55,13 @@ def test_a_source_is_one_file_named_by_its_text_and_written_once(tmp_path, monke
     assert write_source(source, file.stem) == file
     assert file.stat().st_mtime_ns == before
     assert [p for p in tmp_path.rglob("*") if p.suffix == ".partial"] == []
+
+
+def test_many_processes_may_want_the_same_source_at_once(tmp_path):
+    code = "import sys\nfrom fxcompress.codegen.triton.build import load_source\nprint(load_source(sys.argv[1]).ANSWER)"
+    source = "ANSWER = sum(range(10**6))  # long enough to be read half written\n" + "# padding\n" * 50_000
+    environment = {**os.environ, "FXCOMPRESS_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", code, source[:60_000]]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate()[0].strip() for process in running] == ["499999500000"] * 4
+    assert [path.suffix for path in tmp_path.rglob("*.p*") if path.is_file() and path.suffix != ".pyc"] == [".py"]

@@ -68,10 +68,12 @@ def test_the_table_has_a_line_for_each(rows):
 
 
 @pytest.mark.parametrize("config", [catalogue.DECODE, catalogue.SPLIT], ids=["whole", "split"])
-def test_a_single_token_is_a_constant_to_triton(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["int4 g64", "layer norm, int4 g64"])
+def test_a_single_token_is_a_constant_to_triton(name, config, tmp_path, monkeypatch):
     """At a launch Triton makes every size that is 1 a constexpr, which has no methods of a tensor."""
     monkeypatch.setenv("FXCOMPRESS_CACHE", str(tmp_path))
-    kernel = generate(parse(catalogue.ENTRIES[2].product), torch.bfloat16)
+    (product,) = (entry.product for entry in ENTRIES if entry.name == name)
+    kernel = generate(parse(product), torch.bfloat16)
     signature = {name: kind for name, kind in kernel.signature(config).items() if name != "M"}
     report = compile_ahead(kernel.function(config), signature, {**kernel.constants(config), "M": 1}, 90, config.warps)
     assert report.faults(("wgmma",)) == []

@@ -11,6 +11,7 @@ every run, and a workspace that is zero once serves every launch after it.
 
 from __future__ import annotations
 
+import functools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from fxcompress.codegen.spec import Call
-from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.counters import zeroed
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.kernel import Compute, Config, Kernel, Launch
@@ -178,7 +179,7 @@ class Product(Kernel):
     def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
         return ((PREFIX, loader_of(product.args[1])),)
 
-    @property
+    @functools.cached_property
     def forms(self) -> dict[str, str]:
         loader = self.loaders[-1][1]
         names = {False: "fused_linear", True: "fused_linear_split"}
@@ -240,12 +241,15 @@ class Product(Kernel):
         dtypes: Sequence[torch.dtype], compute: Compute,
     ) -> list[Tensor]:  # fmt: skip
         """The weight unpacked once, a library's product, the epilogue behind it."""
-        rows = x.reshape(-1, self.columns)
-        z = (rows @ self._unpacked(prepared, x).T).contiguous()
+        rows, weight = x.reshape(-1, self.columns), self._unpacked(prepared, x)
+        if len(self.spec.steps) == 1 and list(dtypes) == [x.dtype]:  # at most a bias, which the library adds
+            bias = prepared[-1] if self.epilogue.operands else None
+            return [linear(rows, weight, bias).view(*x.shape[:-1], self.rows)]
+        z = (rows @ weight.T).contiguous()
         outputs = self.empty(x, dtypes)
         if len(rows):
             grid = math.ceil(self.rows / BLOCK_N), math.ceil(len(rows) / BLOCK_M)
-            finishing = getattr(load_source(self.source), FINISH)
+            finishing = getattr(self.module, FINISH)
             finishing[grid](
                 z, *outputs, *self.operands(prepared, extras), len(rows), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4
             )
@@ -258,6 +262,6 @@ class Product(Kernel):
         made = x.new_empty if loader.walked == loader.columns else x.new_zeros
         weight, block_n = made(self.rows, self.columns), loader.together or BLOCK_N
         grid = math.ceil(self.rows / block_n), math.ceil(loader.walked / loader.step)
-        unpacking = getattr(load_source(self.source), UNPACK)
+        unpacking = getattr(self.module, UNPACK)
         unpacking[grid](*prepared[: len(loader.pointers)], weight, BLOCK_N=block_n, num_warps=4)
         return weight

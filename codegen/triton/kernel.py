@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ class Kernel(ABC):
         """Of the product, a token."""
         return 2 * sum(loader.rows * loader.columns for _, loader in self.loaders)
 
-    @property
+    @functools.cached_property
     def label(self) -> str:
         """What it is, sizes apart: tables of launch configs go by it."""
         kept = ", ".join(loader.label for _, loader in self.loaders)
@@ -185,7 +186,12 @@ What it means: torch.ops.fxcompress.fused(x, tensors, extras, spec), the spec be
 
     def function(self, config: Config) -> Any:
         """The @triton.jit function."""
-        return getattr(load_source(self.source), self.form(config))
+        return getattr(self.module, self.form(config))
+
+    @functools.cached_property
+    def module(self) -> ModuleType:
+        """All forms, imported."""
+        return load_source(self.source)
 
     def signature(self, config: Config) -> dict[str, str]:
         """Triton's types of the arguments that are no constexprs, in order."""

@@ -12,6 +12,7 @@ it (fxcompress.codegen.triton.gemm).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ class LowRankProduct(Kernel):
     def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
         return ((V, loader_of(product.args[1])), (U, loader_of(product.args[2])))
 
-    @property
+    @functools.cached_property
     def forms(self) -> dict[str, str]:
         (_, v), (_, u) = self.loaders
         if u.columns > MOST or not u.in_order or v.together:

@@ -11,6 +11,7 @@ The weights are read once, but the products are as many as those of a dense weig
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -97,7 +98,7 @@ class QuaternionProduct(Kernel):
     def read(cls, product: Call) -> tuple[tuple[str, Loader], ...]:
         return ((PREFIX, loader_of(product.args[1])),)
 
-    @property
+    @functools.cached_property
     def forms(self) -> dict[str, str]:
         ((_, loader),) = self.loaders
         return {"fused_quaternion": quaternion("fused_quaternion", loader, self.epilogue, self.spec.outputs)}

@@ -15,6 +15,7 @@ sm_90 keep 14 bits of a sum of 8-bit floats, so every step of the loop is taken 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fxcompress.codegen.spec import Call, Constant
-from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import indent, store
 from fxcompress.codegen.triton.kernel import Config, Kernel, Launch
@@ -171,7 +171,7 @@ class RoundedProduct(Kernel):
     def least_arch(self) -> int:
         return self.weight.elements.least_arch
 
-    @property
+    @functools.cached_property
     def forms(self) -> dict[str, str]:
         multiply = fused_rounded(MULTIPLY, self.weight, self.epilogue, self.spec.outputs)
         return {ROUND: round_tokens(ROUND, self.weight), MULTIPLY: multiply}
@@ -199,5 +199,5 @@ class RoundedProduct(Kernel):
         return Config(16, 128, 1, 4, 4) if tokens <= 64 else Config(128, 128, 1, 8, 3)
 
     def before(self, x: Tensor, prepared: Sequence[Tensor], workspace: Mapping[str, Tensor], config: Config) -> None:
-        rounding = getattr(load_source(self.source), ROUND)
+        rounding = getattr(self.module, ROUND)
         rounding[(len(x),)](x, prepared[2], workspace["q"], workspace["step"], num_warps=4)

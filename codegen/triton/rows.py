@@ -11,6 +11,7 @@ The row stays in registers, so the mean is known before anything is measured fro
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ class WholeRows(Kernel):
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.spec}\n\n    x (M, {self.rows}) {dtype}  ->  y (M, {self.rows})\n"
 
-    @property
+    @functools.cached_property
     def forms(self) -> dict[str, str]:
         arguments = ["x", *(f"y{i}" for i in range(len(self.spec.outputs)))]
         arguments += [f"p_{o.name}" for o in self.epilogue.operands]

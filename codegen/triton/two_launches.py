@@ -18,6 +18,7 @@ programs as tiles and copies, and any rank will do.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxcompress.codegen.triton.build import load_source
 from fxcompress.codegen.triton.epilogue import Epilogue
 from fxcompress.codegen.triton.gemm import Span, indent, store, walk
 from fxcompress.codegen.triton.kernel import Config, Kernel, Launch
@@ -111,7 +111,7 @@ class TwoLaunches(Kernel):
     def between(self) -> int:
         """Elements of z, a token."""
 
-    @property
+    @functools.cached_property
     def forms(self) -> dict[str, str]:
         first, second = self.stages
         pointers = [prefix + name for prefix, loader in self.loaders for name in loader.pointers]
@@ -151,6 +151,6 @@ class TwoLaunches(Kernel):
     def before(self, x: Tensor, prepared: Sequence[Tensor], workspace: Mapping[str, Tensor], config: Config) -> None:
         first, given = self.stages[0], iter(prepared)
         own = {prefix: [next(given) for _ in loader.pointers] for prefix, loader in self.loaders}[first.prefix]
-        getattr(load_source(self.source), first.name)[first.grid(len(x), config)](
+        getattr(self.module, first.name)[first.grid(len(x), config)](
             x, *own, workspace["z"], len(x), **first.constants(config), num_warps=config.warps, num_stages=config.stages
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxcompress.core.devices import device_of, move
 from fxcompress.core.errors import InputError
 from fxcompress.core.modes import switch
 
@@ -194,6 +195,14 @@ class SignedModule(fx.GraphModule):
         """As nn.Module.train; dropout and batch norm follow where the graph was captured to be trained."""
         super().train(mode)
         if switch(self.graph, mode):
+            self.recompile()
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SignedModule:
+        """As nn.Module, behind `to` and `cuda`; what the graph makes as it runs is made where the weights are."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = device_of(self)
+        if device is not None and move(self.graph, device):
             self.recompile()
         return self
 
