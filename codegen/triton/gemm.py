@@ -223,7 +223,7 @@ class Product(Kernel):
         }
 
     def rule(self, tokens: int, multiprocessors: int) -> Config | None:
-        """Two programs a multiprocessor, by splitting the columns where there are too few tiles; at most 8 ways, and
+        """Two programs a multiprocessor, by splitting the columns where there are too few tiles; at most 16 ways, and
         four steps each."""
         loader = self.loaders[-1][1]
         if tokens > (MOST_TOKENS if self.dtype.itemsize == 2 else 16):  # no tensor cores multiply float32 as it is
@@ -233,7 +233,7 @@ class Product(Kernel):
         warps = 8 if block_m * block_n > 4096 else 4
         tiles = math.ceil(self.rows / block_n) * math.ceil(tokens / block_m)
         steps = math.ceil(self.columns / loader.step)
-        split = max(1, min(2 * multiprocessors // tiles, steps // 4, 8))
+        split = max(1, min(2 * multiprocessors // tiles, steps // 4, 16))
         return Config(block_m, block_n, split, warps, 3)
 
     def apart(
