@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from benchmarks._rivals import at_equal_sizes
 from benchmarks.models import data, minilm
-from fxcompress.api import _carry_out, observe, price, resolve, untouched
+from fxcompress.api import observe, price, resolve, untouched
+from fxcompress.carrying_out import carry_out
 from fxcompress.checkpoint import bytes_on_disk
 from fxcompress.core.budget import Budget
 from fxcompress.core.errors import InfeasibleBudgetError
@@ -95,7 +96,7 @@ def priced(families: list[str]) -> tuple[dict[str, Plan], object, object]:
 
 def measured(family, budget, original, known, plan, reference) -> Point:  # type: ignore[no-untyped-def]
     """Carry the plan out and judge it."""
-    compiled = _carry_out(original, known, plan, None)
+    compiled = carry_out(original, known, plan, None)
     score, embeddings = minilm.spearman(compiled)
     return Point(
         family, budget, bytes_on_disk(compiled), plan.predicted_error, compiled.report.measured_error, score,

@@ -22,7 +22,8 @@ from tabulate import tabulate
 
 import fxcompress
 from benchmarks.models import data, minilm
-from fxcompress.api import _carry_out, observe
+from fxcompress.api import observe
+from fxcompress.carrying_out import carry_out
 from fxcompress.core.calibrate import bind_batch
 from fxcompress.core.plan import Plan
 from fxcompress.core.verify import compare
@@ -47,7 +48,7 @@ def main() -> None:
             compiled = fxcompress.compile(model, budget, calibration=calibration)
         else:
             again = fxcompress.cost_model.select.choose(plan, fxcompress.Budget(size=budget))
-            compiled = _carry_out(original, known, again, fxcompress.Budget(size=budget))
+            compiled = carry_out(original, known, again, fxcompress.Budget(size=budget))
         seconds, plan = time.perf_counter() - begun, compiled.plan
         rows.append(
             row(
@@ -110,7 +111,7 @@ def uniform(plan: Plan, original, known, budget: str):  # type: ignore[no-untype
         candidate = dataclasses.replace(plan, choices=choices)
         if candidate.predicted_bytes <= room and (best is None or candidate.predicted_loss < best[1].predicted_loss):
             best = (spec, candidate)
-    return [] if best is None else [(best[0], _carry_out(original, known, best[1], None))]
+    return [] if best is None else [(best[0], carry_out(original, known, best[1], None))]
 
 
 def arguments() -> argparse.Namespace:

@@ -9,40 +9,32 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxcompress.checkpoint import attach, bytes_on_disk, predicted_overhead
+from fxcompress.carrying_out import carry_out
+from fxcompress.checkpoint import predicted_overhead
 from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration, bind_batch, calibrate
 from fxcompress.core.capture import capture, example_of, split_inputs
 from fxcompress.core.divergence import Kind, kind_of, mask_of, named_outputs
-from fxcompress.core.errors import BudgetError, CalibrationError, InfeasibleBudgetError, PlanError, SpecError
-from fxcompress.core.plan import KEEP, Plan, SiteInfo
+from fxcompress.core.errors import BudgetError, CalibrationError, SpecError
+from fxcompress.core.plan import Plan, SiteInfo
 from fxcompress.core.rewrite import Rewrite
 from fxcompress.core.signature import SignedModule
-from fxcompress.core.site import Site, find_sites
-from fxcompress.core.surgery import finish, own_tensors, stored_bytes
+from fxcompress.core.site import find_sites
+from fxcompress.core.surgery import stored_bytes
 from fxcompress.core.ties import parallel
-from fxcompress.core.verify import compare
 from fxcompress.cost_model.select import choose
 from fxcompress.passes import REWRITES
-from fxcompress.passes.fuse import fuse
-from fxcompress.passes.hidden_units import Role
 from fxcompress.passes.propose import propose
-from fxcompress.passes.recipe import parse
-from fxcompress.passes.unit_groups import cut_between, find_roles, take_roles, unit_ties
-from fxcompress.report import Report, SiteReport
+from fxcompress.passes.unit_groups import find_roles, take_roles, unit_ties
 
 log = logging.getLogger("fxcompress")
-
-SIZE_ROUNDS = 4  # measured sizes settle after one or two
-WASTE = 0.004  # of the size: more room than this left by the files around the tensors is used in a second round
-
 
 def compile(
     model: nn.Module,
@@ -81,7 +73,7 @@ def compile(
             plan = choose(plan, wanted)
         if plan.calibrated and not known.calibrated:
             log.warning("the plan was made with calibration data and is replayed without: rounding will lose more.")
-        return _carry_out(original, known, plan, wanted)
+        return carry_out(original, known, plan, wanted)
 
 
 def plan_only(
@@ -145,83 +137,6 @@ def resolve(rewrites: Sequence[str | type[Rewrite]] | None) -> tuple[type[Rewrit
     return tuple(names[r] if isinstance(r, str) else r for r in rewrites)
 
 
-def _carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None) -> SignedModule:
-    """Rewrite; where the measured size or error breaks the promise, choose anew with what was measured, and rewrite."""
-    room, target = budget, None if budget is None or budget.error is None else budget.error
-    roles = find_roles(original, known.informed)
-    for turn in range(SIZE_ROUNDS):
-        compiled, reports = _rewrite(original, known, plan, roles)
-        divergence = compare(original, compiled, known.held_out)
-        measured = divergence.error
-        report = _report(plan, reports, measured, known, plan.predicted_bytes)
-        attach(compiled, original.signature, plan, report)
-        total = bytes_on_disk(compiled)
-        attach(compiled, original.signature, plan, replace(report, measured_bytes=total))
-        if budget is None or room is None:
-            return compiled
-        size = budget.size_bytes(plan.original_bytes)
-        too_big = size is not None and total > size and size < plan.original_bytes
-        too_wrong = target is not None and measured > target
-        wasteful = size is not None and turn == 0 and plan.predicted_bytes - total > WASTE * plan.predicted_bytes
-        if not too_big and not too_wrong and not wasteful:
-            return compiled
-        if too_wrong:
-            assert room.error is not None
-            assert target is not None
-            room = replace(room, error=room.error * 0.98 * target / measured)
-        log.info("round: %d bytes and error %.4g against %s; choosing again", total, measured, budget)
-        fixed = plan.fixed_bytes + (total - plan.predicted_bytes if too_big or wasteful else 0)
-        plan = replace(choose(replace(plan, fixed_bytes=fixed), room), budget=budget)
-    raise InfeasibleBudgetError(
-        f"budget {budget} was not met in {SIZE_ROUNDS} rounds: the best found has {total} bytes and error "
-        f"{measured:.4g} on held-out batches. Ask for less, or give more calibration data."
-    )
-
-
-def _rewrite(
-    original: SignedModule, known: Calibration, plan: Plan, roles: Mapping[str, Role | str]
-) -> tuple[SignedModule, list[SiteReport]]:
-    """A copy of the graph with every choice of the plan carried out."""
-    work = original.copy()
-    sites = {s.name: s for s in take_roles(find_sites(work), roles)}
-    _check_fit(plan, sites)
-    recipes = {choice.site: parse(choice.spec, REWRITES) for choice in plan.choices}
-    cut_between(work, sites, recipes)
-    reports = []
-    for choice in plan.choices:
-        site = sites[choice.site]
-        if choice.spec == KEEP:
-            reports.append(SiteReport(site.name, KEEP, choice.bytes, site.dense_bytes, 0.0, 0.0))
-            continue
-        site = known.informed(site)
-        recipe = recipes[site.name]
-        made = recipe.make(site)
-        stored = sum(t.numel() * t.element_size() for t in made.tensors.values()) - recipe.structure.freed_bytes(site)
-        error = recipe.error(site, made.weight) ** 0.5
-        made.apply(work, site)
-        reports.append(SiteReport(site.name, choice.spec, choice.bytes, stored, choice.error, error))
-        site.forget()
-    finish(work)
-    own_tensors(work)
-    return fuse(work), reports
-
-
-def _report(plan: Plan, sites: list[SiteReport], measured: float, known: Calibration, size: int) -> Report:
-    return Report(
-        budget=str(plan.budget),
-        original_bytes=plan.original_bytes,
-        predicted_bytes=plan.predicted_bytes,
-        measured_bytes=size,
-        kind=plan.kind,
-        predicted_error=plan.predicted_error,
-        measured_error=measured,
-        examples=known.held_out_examples,
-        held_out=known.has_held_out,
-        calibrated=known.calibrated,
-        sites=tuple(sites),
-    )
-
-
 def observe(
     model: nn.Module,
     example: tuple[Any, ...] | dict[str, Any] | None,
@@ -243,20 +158,6 @@ def _kind(gm: SignedModule, known: Calibration) -> Kind:
     args, kwargs = known.held_out[0]
     with torch.no_grad():
         return kind_of(named_outputs(gm(*args, **kwargs), mask_of(kwargs)))
-
-
-def _check_fit(plan: Plan, sites: dict[str, Site]) -> None:
-    for info in plan.sites:
-        site = sites.get(info.name)
-        if site is None:
-            raise PlanError(
-                f"the plan was made for another model: it names {info.name!r}, and this model has no such site."
-            )
-        if (site.rows, site.columns) != (info.rows, info.columns):
-            raise PlanError(
-                f"the plan was made for another model: {info.name!r} is {info.rows} x {info.columns} in the plan and "
-                f"{site.rows} x {site.columns} here."
-            )
 
 
 def _peek(batches: Iterable[Any] | None) -> tuple[Iterable[Any] | None, Any]:

@@ -41,6 +41,7 @@ class Report:
     held_out: bool  # False: too little data to hold any out
     calibrated: bool
     sites: tuple[SiteReport, ...]
+    first_error: float | None = None  # predicted before any price was corrected
 
     @property
     def ratio(self) -> float:
@@ -66,6 +67,8 @@ class Report:
         on = "the example inputs, for want of calibration data"
         if self.calibrated:
             on = f"{self.examples} {'held-out' if self.held_out else 'calibration'} examples"
+        if self.first_error not in (None, self.predicted_error):
+            on += f"; {self.first_error:.4g} was predicted before prices were corrected"
         return (
             f"report: {self.budget}; {format_bytes(self.original_bytes)} -> {format_bytes(self.measured_bytes)} "
             f"({self.ratio:.2f}x)\n\n{table}\n\nerror measured on {on}"
