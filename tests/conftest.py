@@ -12,7 +12,9 @@ import pytest
 
 from benchmarks.models.data import DataMissing
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+# A busy machine is no failure.
+_NOT_SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=_NOT_SLOW)
 hypothesis.settings.load_profile("untimed")
 
 GOLDEN = Path(__file__).parent / "golden"
