@@ -38,9 +38,8 @@ OFF = 1.25  # measured over predicted error, either way, from which prices are c
 
 def carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None) -> SignedModule:
     """Rewrite, and keep the promise of the budget; where the prices did not hold, correct them and choose anew."""
-    roles = find_roles(original, known.informed)
-    first = plan.predicted_error
-    best = _meet(original, known, plan, budget, roles)
+    roles, first = find_roles(original, known.informed), plan.predicted_error
+    best = _meet(original, known, plan, budget, roles, first)
     for _ in range(CORRECTIONS if budget is not None and plan.calibrated else 0):
         if not _is_off(best.report):
             break
@@ -49,13 +48,10 @@ def carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: Bu
         loss = additive(best.report.measured_error, best.plan.kind)
         priced = replace(corrected(best.plan, loss, found.of), budget=budget)
         log.info("predicted error %.4g, measured %.4g", best.plan.predicted_error, best.report.measured_error)
-        other = _retried(original, known, priced, budget, roles)
+        other = _retried(original, known, priced, budget, roles, first)
         if other is None or other.report.measured_error >= best.report.measured_error:
-            report = replace(best.report, predicted_error=priced.predicted_error)
-            attach(best, original.signature, priced, report)  # the prices that hold where it is
-            break
+            return _meet(original, known, priced, budget, roles, first)  # the same choices, at prices that hold there
         best = other
-    attach(best, original.signature, best.plan, replace(best.report, first_error=first))
     return best
 
 
@@ -65,13 +61,14 @@ def _is_off(report: Report) -> bool:
 
 
 def _retried(
-    original: SignedModule, known: Calibration, priced: Plan, budget: Budget, roles: Mapping[str, Role | str]
-) -> SignedModule | None:
+    original: SignedModule, known: Calibration, priced: Plan, budget: Budget, roles: Mapping[str, Role | str],
+    first: float,
+) -> SignedModule | None:  # fmt: skip
     """What the new prices choose; None where that is what there is already, or the budget cannot be met with it."""
     try:
         plan = choose(priced, budget)
         same = [c.spec for c in plan.choices] == [c.spec for c in priced.choices]
-        return None if same else _meet(original, known, plan, budget, roles)
+        return None if same else _meet(original, known, plan, budget, roles, first)
     except InfeasibleBudgetError:
         return None
 
@@ -93,15 +90,16 @@ def _weights(
 
 
 def _meet(
-    original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None, roles: Mapping[str, Role | str]
-) -> SignedModule:
+    original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None, roles: Mapping[str, Role | str],
+    first: float,
+) -> SignedModule:  # fmt: skip
     """Rewrite; where the measured size or error breaks the promise, choose anew with what was measured, and rewrite."""
     room, target = budget, None if budget is None or budget.error is None else budget.error
     for turn in range(SIZE_ROUNDS):
         compiled, reports = _rewrite(original, known, plan, roles)
         divergence = compare(original, compiled, known.held_out)
         measured = divergence.error
-        report = _report(plan, reports, measured, known, plan.predicted_bytes)
+        report = replace(_report(plan, reports, measured, known, plan.predicted_bytes), first_error=first)
         attach(compiled, original.signature, plan, report)
         total = bytes_on_disk(compiled)
         attach(compiled, original.signature, plan, replace(report, measured_bytes=total))
