@@ -11,7 +11,7 @@ each at its own price.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -38,11 +38,12 @@ from fxcompress.cost_model.aten_costs import Price, price_of
 from fxcompress.cost_model.calls import Array, Call, named, product
 from fxcompress.cost_model.graph_cost import GraphCost, graph_cost
 from fxcompress.cost_model.storages import Trial
+from fxcompress.cost_model.workspace import Workspace
 
 
 def cost_of(gm: fx.GraphModule) -> GraphCost:
     """Flops, bytes and launches of every call of `gm` (fxcompress.cost_model.graph_cost)."""
-    return graph_cost(gm, PRICES)
+    return graph_cost(gm, PRICES, WORKSPACES)
 
 
 def price(call: Call) -> Cost | None:
@@ -129,10 +130,19 @@ def _fused(c: Call) -> Cost:
     made = [steps.array(value) for value in fused.run(spec, steps.x, steps.tensors, steps.extras, steps)]
     every = pieces(spec)
     moved = [array.bytes for piece in every for array in _moved(piece, c, made)]
-    products = [call for call in steps.calls if name_of(call.op) in BETWEEN]
-    between = [BETWEEN[name_of(call.op)](call) * call.out.dtype.itemsize for call in products]
+    products = steps.named(BETWEEN)
+    between = [BETWEEN[name](call) * call.out.dtype.itemsize for name, call in products]
     flops = sympy.Add(*(cost.flops for call in steps.calls if (cost := price(call)) is not None))
     return c.costs(flops, sympy.Add(*moved, *between), len(every) + len(products))
+
+
+def _handed_on(c: Call) -> tuple[sympy.Expr, ...]:
+    """Memory for what the kernels of a fused node write for one another."""
+    spec, steps = parse(str(c["spec"])), Steps(c)
+    made = [steps.array(value) for value in fused.run(spec, steps.x, steps.tensors, steps.extras, steps)]
+    between = [BETWEEN[name](call) / 2 * call.out.dtype.itemsize for name, call in steps.named(BETWEEN)]
+    inner = {at for piece in pieces(spec) for at in piece.makes} - set(spec.outputs)
+    return (sympy.Add(*between, *(made[at].bytes for at in inner)),)
 
 
 def _moved(piece: Piece, c: Call, made: list[Array]) -> Iterator[Array]:
@@ -182,6 +192,10 @@ class Steps:
         self.calls.append(Call(op, named(op, *told), (self.array(value),)))
         return value
 
+    def named(self, names: Collection[str]) -> list[tuple[str, Call]]:
+        """The calls of some ops."""
+        return [(name, call) for call in self.calls if (name := name_of(call.op)) in names]
+
     def array(self, value: Tensor) -> Array:
         """In symbols."""
         if id(value) not in self._known:
@@ -221,3 +235,6 @@ _TABLE: Mapping[str, Price] = {
     "fused_parallel": _fused,
 }
 PRICES: Mapping[OpOverload, Price] = {op._opoverload: _TABLE[name_of(op._opoverload)] for op in ops.OPS}
+WORKSPACES: Mapping[OpOverload, Workspace] = {
+    op._opoverload: _handed_on for op in (fused.fused, fused.fused_parallel)
+}

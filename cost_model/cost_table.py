@@ -4,6 +4,7 @@
     layers.0-5.attention.query    885K s0 s1 384             ...
 
 Numbers have three digits; K, M, G and T are powers of 1000. A factor that all terms have is written once, before them.
+A term that never makes a hundredth of another is left out (sizes are 1 or more). JSON has every one, exactly.
 Modules whose names differ in one number and which cost the same are one line, and that line is their sum.
 """
 
@@ -98,8 +99,9 @@ def formula(expr: sympy.Expr) -> str:
         plain = sympy.Add(*(m * c for m, c in terms.items() if m not in cases))
         texts = [_case(m, c) for m, c in cases.items()] if len(cases) < 3 else [f"({len(cases)} terms of two cases)"]
         return " + ".join([*texts, *([formula(plain)] if plain != 0 else [])])
-    grow = {m: c for m, c in terms.items() if m.free_symbols and c != 0}
-    rest = [number(terms[sympy.S.One])] if terms.get(sympy.S.One) else []
+    terms = {m: c for m, c in terms.items() if c != 0 and not _is_slight(m, c, terms)}
+    grow = {m: c for m, c in terms.items() if m.free_symbols}
+    rest = [number(terms[sympy.S.One])] if sympy.S.One in terms else []
     if not grow:
         return " ".join(rest) or "0"
     common = functools.reduce(sympy.gcd, grow) if len(grow) > 1 else sympy.S.One
@@ -126,7 +128,7 @@ def _peak(peak: Peak) -> str:
     if len(peak.moments) == 1 and not peak.bytes.free_symbols:
         (node, live) = peak.moments[0]
         return f"{format_bytes(float(live))}, at {node}"
-    formulas = [formula(live) for _, live in peak.moments]
+    formulas = list(dict.fromkeys(formula(live) for _, live in peak.moments))
     return formulas[0] if len(formulas) == 1 else f"the largest of {'; '.join(formulas)}" if formulas else "0"
 
 
@@ -138,6 +140,14 @@ def _term(monomial: sympy.Expr, coefficient: sympy.Expr) -> str:
     if monomial == 1:
         return number(coefficient)
     return _symbols(monomial) if coefficient == 1 else f"{number(coefficient)} {_symbols(monomial)}"
+
+
+def _is_slight(monomial: sympy.Expr, coefficient: sympy.Expr, terms: Mapping[sympy.Expr, sympy.Expr]) -> bool:
+    """True for a term that some other is a hundred times of at all sizes."""
+    return any(
+        100 * abs(coefficient) <= c and all(power >= 0 for power in (m / monomial).as_powers_dict().values())
+        for m, c in terms.items()
+    )
 
 
 def _case(term: sympy.Expr, times: sympy.Expr) -> str:

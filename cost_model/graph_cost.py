@@ -1,11 +1,14 @@
 """Flops, memory traffic, stored bytes and launches of every call of a graph, in the graph's own symbols.
 
-    cost = graph_cost(gm, prices)     cost.total     cost.at(s0=8, s1=128).total     cost.peak.bytes     print(cost)
+    cost = graph_cost(gm, prices, workspaces)    cost.total    cost.at(s0=8, s1=128).total    cost.peak.bytes
 
-`prices` says what calls of other ops than aten's cost: fxcompress.codegen.costs has a table of fxcompress's own. Views
+`prices` and `workspaces` say what calls of other ops than aten's cost, and what memory they need for themselves:
+fxcompress.codegen.costs has tables of fxcompress's own, `cost_of(gm)` puts them in. Views
 (fxcompress.cost_model.storages), sizes and items of lists cost nothing. Everything else is one kernel each, the way it
 would run on a GPU: what a kernel keeps on the chip is no traffic, and a fused node is as many launches as it has
 kernels. Eager PyTorch on a CPU launches more and moves more.
+
+BERT-base, 522 nodes, takes 0.25 s on one core.
 
 Totals add up; only `weight_bytes` counts a tensor once, however many calls read it: what is stored is what it weighs.
 """
@@ -17,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
@@ -27,7 +31,13 @@ from fxcompress.cost_model.calls import Array, Call, Stored, array_of, expressio
 from fxcompress.cost_model.modules import modules_of
 from fxcompress.cost_model.peak_memory import Peak, peak_memory
 from fxcompress.cost_model.storages import Storages, allocates, canonical, storages
-from fxcompress.cost_model.workspace import workspace_of
+from fxcompress.cost_model.workspace import Workspace, workspace_of
+
+aten = torch.ops.aten
+RESHAPED_IN_PLACE = frozenset((  # they write no element
+    aten.detach_.default, aten.squeeze_.default, aten.squeeze_.dim, aten.t_.default, aten.transpose_.default,
+    aten.unsqueeze_.default,
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,14 @@ class GraphCost:
         }
 
 
-def graph_cost(gm: fx.GraphModule, prices: Mapping[OpOverload, Price]) -> GraphCost:
+def graph_cost(
+    gm: fx.GraphModule, prices: Mapping[OpOverload, Price], workspaces: Mapping[OpOverload, Workspace]
+) -> GraphCost:
     """Of one forward of `gm`; its nodes need the `val` that capturing gives them."""
     where, stored = storages(gm), _stored(gm)
     known: dict[fx.Node, tuple[Array, ...]] = {}
     costs, weights, warnings = dict[fx.Node, Cost](), dict[fx.Node, frozenset[Stored]](), dict[str, None]()
-    workspaces: dict[fx.Node, tuple[sympy.Expr, ...]] = {}
+    beside: dict[fx.Node, tuple[sympy.Expr, ...]] = {}
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
@@ -104,10 +116,10 @@ def graph_cost(gm: fx.GraphModule, prices: Mapping[OpOverload, Price]) -> GraphC
             cost = _traffic(node, known)
         weights[node] = frozenset(a.stored for n in node.all_input_nodes for a in known[n] if a.stored is not None)
         costs[node] = replace(cost, weight_bytes=sum(tensor.bytes for tensor in weights[node]))
-        workspaces[node] = () if call is None else workspace_of(call)
+        beside[node] = () if call is None else workspaces.get(call.op, workspace_of)(call)
     of = modules_of(gm.graph, weights)
     nodes = tuple(NodeCost(n.name, _op_name(n), of[n], cost, weights[n]) for n, cost in costs.items())
-    return GraphCost(nodes, peak_memory(gm, where, workspaces), _inputs(gm), tuple(warnings))
+    return GraphCost(nodes, peak_memory(gm, where, beside), _inputs(gm), tuple(warnings))
 
 
 def total_of(nodes: Iterable[NodeCost]) -> Cost:
@@ -161,7 +173,7 @@ def _arrays_of(node: fx.Node, where: Storages, stored: Mapping[str, Stored]) -> 
 
 def _is_view(node: fx.Node, where: Storages) -> bool:
     mutates = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-    return not mutates and not allocates(node, where)
+    return not allocates(node, where) and (not mutates or node.target in RESHAPED_IN_PLACE)
 
 
 def _price(call: Call, prices: Mapping[OpOverload, Price]) -> Cost | None:

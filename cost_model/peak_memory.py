@@ -47,7 +47,7 @@ class Peak:
 
 
 def peak_memory(
-    gm: fx.GraphModule, where: Storages, workspaces: Mapping[fx.Node, Sequence[sympy.Expr]] | None = None
+    gm: fx.GraphModule, where: Storages, workspaces: Mapping[fx.Node, Sequence[sympy.Expr]]
 ) -> Peak:
     """Of one run of `gm`, whose values lie as `where` says; workspaces: of a call at each of its moments."""
     nodes = list(gm.graph.nodes)
@@ -69,7 +69,7 @@ def peak_memory(
         sizes.update(made)
         for size in made.values():
             _add(live, size, 1)
-        for own in (workspaces or {}).get(node, ()) or (sympy.S.Zero,) * bool(made):
+        for own in workspaces.get(node, ()) or (sympy.S.Zero,) * bool(made):
             now = dict(live)
             _add(now, _moved(own, 1).as_coefficients_dict(), 1)
             fronts = _front(fronts, (node.name, now))

@@ -25,7 +25,7 @@ from fxcompress.cost_model.calls import Call, array_of, named
 from fxcompress.passes import REWRITES, recipe
 from fxcompress.passes.fuse import fuse
 from tests.costing import MODELS, captured, ids, sizes_of
-from tests.fusing import QUANTIZED, rewritten
+from tests.fusing import QUANTIZED, D, H, Net, rewritten
 from tests.test_fuse_models import IDS, gpt2, llama
 
 
@@ -170,6 +170,23 @@ def test_an_unknown_op_costs_its_traffic_and_is_named():
     assert (cost.total.flops, cost.total.launches) == (0, 1)
     assert cost.at(**dict.fromkeys(cost.symbols, 3)).total.bytes == 2 * 3 * 3 * 8 * 4
     assert "warning: aten.special_i0" in str(cost)
+
+
+def test_detaching_in_place_is_free():
+    assert cost_of(graph(lambda x: (x + 1).detach_())).total.launches == 1
+
+
+def test_a_fused_node_is_as_many_kernels_as_it_has_products():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, D)
+    gm = rewritten(Net(lambda n, x: n.d(nn.functional.silu(n.a(x)) * n.b(x)) + x), (x,))
+    gated, down = cost_of(fuse(gm)).at(**sizes_of(gm, {"x": x})).nodes
+    assert (gated.cost.launches, down.cost.launches) == (2, 1)
+    # x twice; silu(a x) written, read, and what becomes of it written
+    assert gated.cost.bytes == 15 * (2 * D + 3 * H) * 4 + gated.cost.weight_bytes
+    assert down.cost.bytes == 15 * (H + 2 * D) * 4 + down.cost.weight_bytes
+    # while the second kernel of the first node runs: silu(a x) and the result
+    assert cost_of(fuse(gm)).peak.at(**sizes_of(gm, {"x": x})).moments == ((gated.node, 15 * 2 * H * 4),)
 
 
 def test_two_numbers_of_one_formula():
