@@ -17,11 +17,10 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._ops import OpOverload
 
 from fxcompress.core.cost import Cost
-from fxcompress.core.surgery import attribute_of
 
 
 @dataclass(frozen=True)
@@ -123,14 +122,6 @@ def array_of(name: str, value: Tensor, stored: Stored | None = None) -> Array:
     sizes = tuple(expression(size) for size in value.shape)
     own = (size for size, stride in zip(sizes, value.stride()) if not (type(stride) is int and stride == 0))
     return Array(name, sizes, value.dtype, product(own), stored)
-
-
-def values_of(node: fx.Node) -> tuple[Any, ...]:
-    """What a node makes, by its `val`: the tensor, the tensors of a list, or a size. A get_attr's own tensor."""
-    if node.op == "get_attr" and "val" not in node.meta:
-        return (attribute_of(node),)
-    value = node.meta.get("val")
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def named(op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,13 +27,15 @@ from torch._ops import OpOverload
 from fxcompress.core.cost import ZERO, Cost
 from fxcompress.cost_model import aten_costs, cost_table
 from fxcompress.cost_model.aten_costs import Price
-from fxcompress.cost_model.calls import Array, Call, Stored, array_of, expression, named, values_of
+from fxcompress.cost_model.calls import Array, Call, Stored, array_of, expression, named
 from fxcompress.cost_model.modules import modules_of
 from fxcompress.cost_model.peak_memory import Peak, peak_memory
 from fxcompress.cost_model.storages import Storages, allocates, canonical, storages
+from fxcompress.cost_model.values import Values, parts, values_of
 from fxcompress.cost_model.workspace import Workspace, workspace_of
 
 aten = torch.ops.aten
+UNTOLD = "nobody knows what it makes, or counts it"
 RESHAPED_IN_PLACE = frozenset((  # they write no element
     aten.detach_.default, aten.squeeze_.default, aten.squeeze_.dim, aten.t_.default, aten.transpose_.default,
     aten.unsqueeze_.default,
@@ -99,27 +101,30 @@ def graph_cost(
     gm: fx.GraphModule, prices: Mapping[OpOverload, Price], workspaces: Mapping[OpOverload, Workspace]
 ) -> GraphCost:
     """Of one forward of `gm`; its nodes need the `val` that capturing gives them."""
-    where, stored = storages(gm), _stored(gm)
+    values, stored = values_of(gm.graph), _stored(gm)
+    where = storages(gm, values)
     known: dict[fx.Node, tuple[Array, ...]] = {}
     costs, weights, warnings = dict[fx.Node, Cost](), dict[fx.Node, frozenset[Stored]](), dict[str, None]()
     beside: dict[fx.Node, tuple[sympy.Expr, ...]] = {}
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
-        known[node] = _arrays_of(node, where, stored)
-        if node.op in ("placeholder", "get_attr") or not known[node] or _is_view(node, where):
+        known[node] = _arrays_of(node, values, where, stored)
+        if node.op in ("placeholder", "get_attr") or _is_view(node, values, where):
             continue
-        call = call_of(node, known) if isinstance(node.target, OpOverload) else None
+        told = known[node] and all(values[read] is not None for read in node.all_input_nodes)
+        call = call_of(node, values, known) if told and isinstance(node.target, OpOverload) else None
         cost = None if call is None else _price(call, prices)
         if call is None or cost is None:
-            warnings[f"{_op_name(node)}: its traffic is counted, its flops are not known"] = None
+            why = "its traffic is counted, its flops are not known" if known[node] else UNTOLD
+            warnings[f"{_op_name(node)}: {why}"] = None
             cost = _traffic(node, known)
         weights[node] = frozenset(a.stored for n in node.all_input_nodes for a in known[n] if a.stored is not None)
         costs[node] = replace(cost, weight_bytes=sum(tensor.bytes for tensor in weights[node]))
         beside[node] = () if call is None else workspaces.get(call.op, workspace_of)(call)
     of = modules_of(gm.graph, weights)
     nodes = tuple(NodeCost(n.name, _op_name(n), of[n], cost, weights[n]) for n, cost in costs.items())
-    return GraphCost(nodes, peak_memory(gm, where, beside), _inputs(gm), tuple(warnings))
+    return GraphCost(nodes, peak_memory(gm, values, where, beside), _inputs(gm), tuple(warnings))
 
 
 def total_of(nodes: Iterable[NodeCost]) -> Cost:
@@ -142,11 +147,11 @@ def by_module(nodes: Iterable[NodeCost]) -> dict[str, list[NodeCost]]:
     return groups
 
 
-def call_of(node: fx.Node, known: Mapping[fx.Node, tuple[Array, ...]]) -> Call:
+def call_of(node: fx.Node, values: Values, known: Mapping[fx.Node, tuple[Array, ...]]) -> Call:
     """A node as its price sees it."""
 
     def value(read: fx.Node) -> Any:
-        made = read.meta.get("val")
+        made = values[read]
         if isinstance(made, list | tuple):
             return list(known[read])
         return known[read][0] if known[read] else expression(made)
@@ -163,15 +168,22 @@ def _stored(gm: fx.GraphModule) -> dict[str, Stored]:
     return {f"self.{path}": Stored(path, t.numel() * t.element_size()) for path, t in tensors if paths[path] == path}
 
 
-def _arrays_of(node: fx.Node, where: Storages, stored: Mapping[str, Stored]) -> tuple[Array, ...]:
-    tensors = ((name, v) for name, v in zip(where[node], values_of(node)) if isinstance(v, Tensor))
+def _arrays_of(
+    node: fx.Node, values: Values, where: Storages, stored: Mapping[str, Stored]
+) -> tuple[Array, ...]:
+    tensors = ((name, v) for name, v in zip(where[node], parts(values[node])) if isinstance(v, Tensor))
     own = [node.name if len(where[node]) == 1 else f"{node.name}[{i}]" for i in range(len(where[node]))]
     if node.op == "get_attr":
         own = list(where[node])  # another node that reads it reads the same
     return tuple(array_of(name, value, stored.get(memory)) for name, (memory, value) in zip(own, tensors))
 
 
-def _is_view(node: fx.Node, where: Storages) -> bool:
+def _is_view(node: fx.Node, values: Values, where: Storages) -> bool:
+    """True for what makes no tensor of its own: sizes, items, views. What is not known at all is none."""
+    if values[node] is not None and not any(isinstance(v, Tensor) for v in parts(values[node])):
+        return True
+    if isinstance(node.target, OpOverload) and not node.target._schema.returns:  # an assertion
+        return True
     mutates = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
     return not allocates(node, where) and (not mutates or node.target in RESHAPED_IN_PLACE)
 

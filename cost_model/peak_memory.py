@@ -21,8 +21,9 @@ import sympy
 from torch import Tensor, fx
 
 from fxcompress.core.cost import ZERO, Cost
-from fxcompress.cost_model.calls import array_of, values_of
+from fxcompress.cost_model.calls import array_of
 from fxcompress.cost_model.storages import Storages
+from fxcompress.cost_model.values import Values, parts
 
 Polynomial = Mapping[sympy.Expr, sympy.Expr]
 """{monomial of the symbols less 1: its coefficient}"""
@@ -47,9 +48,9 @@ class Peak:
 
 
 def peak_memory(
-    gm: fx.GraphModule, where: Storages, workspaces: Mapping[fx.Node, Sequence[sympy.Expr]]
+    gm: fx.GraphModule, values: Values, where: Storages, workspaces: Mapping[fx.Node, Sequence[sympy.Expr]]
 ) -> Peak:
-    """Of one run of `gm`, whose values lie as `where` says; workspaces: of a call at each of its moments."""
+    """Of one run of `gm`, whose `values` lie as `where` says; workspaces: of a call at each of its moments."""
     nodes = list(gm.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     dies: dict[str, int] = {}
@@ -65,7 +66,7 @@ def peak_memory(
     sizes: dict[str, Polynomial] = {}
     fronts: list[tuple[str, Polynomial]] = []
     for i, node in enumerate(nodes):
-        made = _made(node, where)
+        made = _made(node, values, where)
         sizes.update(made)
         for size in made.values():
             _add(live, size, 1)
@@ -78,12 +79,12 @@ def peak_memory(
     return Peak(tuple((name, _moved(sympy.Add(*(m * c for m, c in of.items())), -1)) for name, of in fronts))
 
 
-def _made(node: fx.Node, where: Storages) -> dict[str, Polynomial]:
+def _made(node: fx.Node, values: Values, where: Storages) -> dict[str, Polynomial]:
     """The storages a call allocates."""
     if node.op in ("placeholder", "get_attr", "output"):
         return {}
     made = {}
-    for name, value in zip(where[node], values_of(node)):
+    for name, value in zip(where[node], parts(values[node])):
         if isinstance(value, Tensor) and name.partition("[")[0] == node.name:
             made[name] = _moved(array_of(name, value).bytes, 1).as_coefficients_dict()
     return made

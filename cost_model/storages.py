@@ -18,13 +18,14 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxcompress.cost_model.calls import expression, values_of
+from fxcompress.cost_model.calls import expression
+from fxcompress.cost_model.values import Values, parts
 
 Storages = Mapping[fx.Node, tuple[str, ...]]
 """{node: for each tensor it makes, the name of its memory}: "add", "split[0]", "self.up.weight"."""
 
 
-def storages(gm: fx.GraphModule) -> dict[fx.Node, tuple[str, ...]]:
+def storages(gm: fx.GraphModule, values: Values) -> dict[fx.Node, tuple[str, ...]]:
     """Of every node, in the order of the graph."""
     paths = canonical(gm)
     found: dict[fx.Node, tuple[str, ...]] = {}
@@ -35,7 +36,7 @@ def storages(gm: fx.GraphModule) -> dict[fx.Node, tuple[str, ...]]:
         elif node.target is operator.getitem and isinstance(node.args[1], int):
             found[node] = found[node.args[0]][node.args[1] :][:1]
         elif node.op != "output":
-            found[node] = _of_call(node, found, trial)
+            found[node] = _of_call(node, values, found, trial)
     return found
 
 
@@ -74,15 +75,15 @@ class Trial:
         return pytree.tree_map(lambda v: self.tensor(v) if isinstance(v, Tensor) else self.number(v), made)
 
 
-def _of_call(node: fx.Node, found: Storages, trial: Trial) -> tuple[str, ...]:
-    made = values_of(node)
+def _of_call(node: fx.Node, values: Values, found: Storages, trial: Trial) -> tuple[str, ...]:
+    made = parts(values[node])
     own = tuple(node.name if len(made) == 1 else f"{node.name}[{i}]" for i in range(len(made)))
     if not isinstance(node.target, OpOverload) or node.target.namespace == "fxcompress":
         return own  # a custom op may not hand its inputs on
     given: dict[int, str] = {}  # storage of an operand on trial -> its memory
 
     def operand(read: fx.Node) -> Any:
-        value = trial.value(values_of(read) if isinstance(read.meta.get("val"), list | tuple) else values_of(read)[0])
+        value = trial.value(values[read])
         for tensor, name in zip((t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)), found[read]):
             given[_memory(tensor)] = name
         return value

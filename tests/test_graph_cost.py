@@ -3,7 +3,7 @@
 import pytest
 import sympy
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -187,6 +187,23 @@ def test_a_fused_node_is_as_many_kernels_as_it_has_products():
     assert down.cost.bytes == 15 * (H + 2 * D) * 4 + down.cost.weight_bytes
     # while the second kernel of the first node runs: silu(a x) and the result
     assert cost_of(fuse(gm)).peak.at(**sizes_of(gm, {"x": x})).moments == ((gated.node, 15 * 2 * H * 4),)
+
+
+@pytest.mark.parametrize("spec", [QUANTIZED, "low_rank{rank=4}", "prune_2_4"])
+@pytest.mark.parametrize(("layer", "x"), [(nn.Conv2d(8, 16, 3), T(2, 8, 9, 9)), (nn.Embedding(512, 64), IDS)])
+def test_calls_that_a_rewrite_inserted_are_priced_like_any_other(layer, x, spec):
+    gm = rewritten(layer, (x,), spec)
+    cost = cost_of(gm)
+    assert cost.warnings == ()
+    assert cost.total.weight_bytes == stored_bytes(gm)
+    if spec.startswith("low_rank") and x.dim() == 4:
+        flops = cost.at(**sizes_of(gm, {"x": x})).total.flops
+        assert flops == counted(gm, x)
+
+
+def test_calls_whose_results_nobody_knows_are_named():
+    untold = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    assert cost_of(untold).warnings == ("0: nobody knows what it makes, or counts it",)
 
 
 def test_two_numbers_of_one_formula():

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from fxcompress.codegen.costs import cost_of
 from fxcompress.core.capture import capture
 from fxcompress.cost_model.storages import storages
+from fxcompress.cost_model.values import values_of
 from tests.costing import MODELS, captured, sizes_of
 
 
@@ -69,7 +70,7 @@ def test_views_keep_their_base_and_take_nothing(body, live):
 
 def test_memory_is_named_after_who_allocates_it():
     gm, _ = traced(lambda x: (x.flatten(1).reshape(-1, 5), *(x + 1).split(8)), X)
-    places = [where for node, where in storages(gm).items() if node.op == "call_function"]
+    places = [where for node, where in storages(gm, values_of(gm.graph)).items() if node.op == "call_function"]
     named = {name for where in places for name in where}
     assert named & {"x", "add"} == {"x", "add"}
     assert not any(name.startswith(("split", "reshape", "flatten", "getitem")) for name in named)
