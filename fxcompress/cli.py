@@ -3,6 +3,7 @@
     fxcompress compress ./my-bert --budget 4x --calibration texts.txt --out ./my-bert-4x
     fxcompress plan ./my-bert --budget 4x --calibration texts.txt
     fxcompress inspect ./my-bert-4x
+    fxcompress inspect ./my-bert-4x --cost --at s0=8,s1=128
     fxcompress kernels --arch 90
     fxcompress tune ./my-bert-4x
 """
@@ -21,8 +22,9 @@ from typing import Any
 from fxcompress import __version__
 from fxcompress.api import compile, plan_only
 from fxcompress.checkpoint import load, refuse_existing, save
+from fxcompress.codegen.costs import cost_of
 from fxcompress.core.budget import Budget
-from fxcompress.core.errors import FxcompressError, KernelError
+from fxcompress.core.errors import FxcompressError, InputError, KernelError
 from fxcompress.core.plan import Plan
 from fxcompress.hf import batches_of, load_model
 
@@ -79,6 +81,11 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.kernels:
         _print(options, [kernel.to_json() for kernel in compiled.kernels], str(compiled.kernels))
         return
+    if options.cost:
+        cost = cost_of(compiled)
+        cost = cost.at(**_sizes(options.at, cost.symbols)) if options.at else cost
+        _print(options, cost.to_json(), str(cost))
+        return
     plan, report = compiled.meta["plan"], compiled.meta["report"]
     if options.explain:
         _print(
@@ -86,6 +93,15 @@ def _inspect(options: argparse.Namespace) -> None:
         )
         return
     _print(options, {"plan": plan.to_json(), "report": report.to_json()}, f"{plan}\n\n{report}")
+
+
+def _sizes(text: str, symbols: Sequence[str]) -> dict[str, int]:
+    """"s0=8,s1=128" as sizes of some of `symbols`."""
+    pairs = [pair.strip().partition("=") for pair in text.split(",")]
+    if any(name not in symbols or not size.isdecimal() or int(size) < 1 for name, _, size in pairs):
+        wanted = ",".join(f"{name}=8" for name in symbols)
+        raise InputError(f"--at {text}: write sizes of {', '.join(symbols)}, such as {wanted}.")
+    return {name: int(size) for name, _, size in pairs}
 
 
 def _catalogue(arch: int) -> Any:
@@ -212,6 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("folder", metavar="DIR", help="folder written by `fxcompress compress` or fxcompress.save")
     inspect.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
     inspect.add_argument("--kernels", action="store_true", help="print the GPU kernels it runs, and where they are")
+    inspect.add_argument("--cost", action="store_true", help="print flops, bytes and launches of every module")
+    inspect.add_argument("--at", metavar="SIZES", help="with --cost: numbers for these sizes, such as s0=8,s1=128")
     return parser
 
 

@@ -43,6 +43,18 @@ def test_compress_then_inspect(bert: Path, tmp_path: Path, capsys):
     assert "of model loss" in capsys.readouterr().out
     assert main(["inspect", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(out), "--cost"]) == 0
+    formulas = capsys.readouterr().out
+    assert "encoder.layer.0.attention.self.{query, key, value}" in formulas
+    assert "peak activation memory: " in formulas
+    assert main(["inspect", str(out), "--cost", "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)
+    sizes = ",".join(f"{symbol}=4" for symbol in cost["symbols"])
+    assert main(["inspect", str(out), "--cost", "--at", sizes, "--json"]) == 0
+    at = json.loads(capsys.readouterr().out)
+    assert at["total"]["flops"] == sum(node["flops"] for node in at["nodes"]) > 0
+    assert main(["inspect", str(out), "--cost", "--at", "batch=4"]) == 1
+    assert f"--at batch=4: write sizes of {', '.join(cost['symbols'])}, such as" in capsys.readouterr().err
     size = sum(file.stat().st_size for file in out.iterdir())
     assert told["report"]["measured_bytes"] == size
     assert fxcompress.load(out)(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state.shape == (1, 4, 32)

@@ -16,15 +16,17 @@ The backward runs the body again with gradients on: nothing but the inputs is ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fxcompress.codegen.spec import UNROWS, Argument, Call, Constant, Extra, Input, Spec, Value, op_of, parse, type_of
 from fxcompress.core.errors import SpecError
 
+Calling = Callable[..., Tensor]  # (op, *args, **kwargs)
 _TAKES = "(Tensor x, Tensor[] tensors, Tensor[]? extras, str spec, str name='') -> "
 
 
@@ -78,10 +80,20 @@ def _on_gpu(x: Tensor, tensors: list[Tensor], extras: list[Tensor], spec: str, n
 def evaluate(spec: Spec, x: Tensor, tensors: Sequence[Tensor], extras: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of `spec`, contiguous. Raises `SpecError` where the tensors are not those it names."""
     check(spec, tensors, extras)
-    constants, made = iter(tensors), list[Tensor]()
-    for call in spec.steps:
-        made.append(_apply(call, x, constants, extras, made))
+    made = run(spec, x, tensors, extras, _call)
     return [made[i].contiguous() for i in spec.outputs]
+
+
+def run(spec: Spec, x: Tensor, tensors: Sequence[Tensor], extras: Sequence[Tensor], call: Calling) -> list[Tensor]:
+    """What each step makes, with `call(op, *args, **kwargs)` to make it."""
+    constants, made = iter(tensors), list[Tensor]()
+    for step in spec.steps:
+        made.append(_apply(step, x, constants, extras, made, call))
+    return made
+
+
+def _call(op: OpOverload, *args: Any, **kwargs: Any) -> Tensor:
+    return op(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 def check(spec: Spec, tensors: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
@@ -100,7 +112,9 @@ def check(spec: Spec, tensors: Sequence[Tensor], extras: Sequence[Tensor]) -> No
             )
 
 
-def _apply(call: Call, x: Tensor, constants: Iterator[Tensor], extras: Sequence[Tensor], made: list[Tensor]) -> Tensor:
+def _apply(
+    step: Call, x: Tensor, constants: Iterator[Tensor], extras: Sequence[Tensor], made: list[Tensor], call: Calling
+) -> Tensor:
     def value(argument: Argument) -> Any:
         match argument:
             case Value(index):
@@ -112,16 +126,16 @@ def _apply(call: Call, x: Tensor, constants: Iterator[Tensor], extras: Sequence[
             case Input(rows):
                 return x.reshape(-1, x.shape[-1]) if rows else x
             case Call():
-                return _apply(argument, x, constants, extras, made)
+                return _apply(argument, x, constants, extras, made, call)
             case tuple():
                 return [value(a) for a in argument]
         return argument
 
-    args = [value(a) for a in call.args]
-    named = {name: value(a) for name, a in call.named}
-    if call.name == UNROWS:
+    args = [value(a) for a in step.args]
+    named = {name: value(a) for name, a in step.named}
+    if step.name == UNROWS:
         return args[0].reshape(*x.shape[:-1], args[0].shape[-1])  # type: ignore[no-any-return]
-    return op_of(call.name)(*args, **named)  # type: ignore[no-any-return]
+    return call(op_of(step.name), *args, **named)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
