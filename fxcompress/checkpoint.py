@@ -36,6 +36,7 @@ from torch._export.serde.schema import ExportedProgram as Program
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from fxcompress.codegen.costs import cost_of
 from fxcompress.codegen.triton.listing import list_kernels
 from fxcompress.core.capture import recapture, unlift
 from fxcompress.core.errors import CheckpointError, FxcompressError
@@ -97,7 +98,8 @@ def load(folder: str | os.PathLike[str]) -> SignedModule:
         signature = Signature.from_json(manifest["signature"])
         if told["plan"] is None:
             gm.meta.update(
-                signature=signature, report=RestructureReport.from_json(told["report"]), kernels=list_kernels
+                signature=signature, report=RestructureReport.from_json(told["report"]), kernels=list_kernels,
+                cost=cost_of,
             )
             return gm
         plan = Plan.from_json(told["plan"])
@@ -119,7 +121,7 @@ def refuse_existing(target: Path) -> None:
 
 def attach(gm: SignedModule, signature: Signature, plan: Plan, report: Report) -> SignedModule:
     """Give a graph its plan and report, and the call checks."""
-    gm.meta.update(signature=signature, plan=plan, report=report, kernels=list_kernels)
+    gm.meta.update(signature=signature, plan=plan, report=report, kernels=list_kernels, cost=cost_of)
     return gm
 
 

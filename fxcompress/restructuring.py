@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from fxcompress.api import observe, untouched
+from fxcompress.codegen.costs import cost_of
 from fxcompress.codegen.triton.listing import list_kernels
 from fxcompress.core.attention import (
     AttentionRewrite,
@@ -104,7 +105,7 @@ def restructure(
     saved = sum(s.parameters_before - s.parameters_after for s in carried)
     before = sum(p.numel() for p in original.parameters())
     work.meta["report"] = RestructureReport((*done, *carried), before, counted - saved)
-    work.meta["kernels"] = list_kernels
+    work.meta.update(kernels=list_kernels, cost=cost_of)
     return work
 
 

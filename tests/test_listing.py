@@ -74,3 +74,13 @@ def test_a_graph_that_is_not_fused_says_so():
     model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU()).eval(), torch.randn(4, 64)
     made = fxcompress.restructure(model, {"*": "low_rank{rank=8}"}, example_inputs=(x,), progress=False)
     assert str(made.kernels) == "no fused nodes: nothing here runs generated kernels."
+
+
+def test_the_cost_of_a_compressed_module_is_at_hand_too(compiled):
+    product = 2 * 64 * 128  # flops a token, of each of three weights
+    assert compiled.cost.total.at(**dict.fromkeys(symbols(compiled), 1)).flops >= 3 * product
+    assert str(compiled.cost).splitlines()
+
+
+def symbols(compiled):
+    return {s.name for s in compiled.cost.total.flops.free_symbols}

@@ -179,6 +179,11 @@ class SignedModule(fx.GraphModule):
         """
         return self._told("kernels")(self)
 
+    @property
+    def cost(self) -> Any:
+        """Flops, traffic, launches and peak memory in the graph's own symbols (fxcompress.cost_model.graph_cost)."""
+        return self._told("cost")(self)
+
     def _told(self, what: str) -> Any:
         if what not in self.meta:
             raise AttributeError(f"a captured graph has no {what}; fxcompress.compile makes one.")
