@@ -11,12 +11,14 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
+from fxcompress import lowering
 from fxcompress.checkpoint import attach, bytes_on_disk, predicted_overhead
+from fxcompress.codegen.cpu.module import LoweredModule, Target
 from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration, bind_batch, calibrate
 from fxcompress.core.capture import capture, example_of, split_inputs
@@ -30,6 +32,7 @@ from fxcompress.core.surgery import finish, own_tensors, stored_bytes
 from fxcompress.core.ties import parallel
 from fxcompress.core.verify import compare
 from fxcompress.cost_model.select import choose
+from fxcompress.lowering import check_target
 from fxcompress.passes import REWRITES
 from fxcompress.passes.fuse import fuse
 from fxcompress.passes.hidden_units import Role
@@ -44,6 +47,7 @@ SIZE_ROUNDS = 4  # measured sizes settle after one or two
 WASTE = 0.004  # of the size: more room than this left by the files around the tensors is used in a second round
 
 
+@overload
 def compile(
     model: nn.Module,
     budget: Budget | str | float | None = None,
@@ -53,7 +57,35 @@ def compile(
     rewrites: Sequence[str | type[Rewrite]] | None = None,
     plan: Plan | None = None,
     progress: bool = True,
-) -> SignedModule:
+    lower: None = None,
+) -> SignedModule: ...
+
+
+@overload
+def compile(
+    model: nn.Module,
+    budget: Budget | str | float | None = None,
+    *,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    rewrites: Sequence[str | type[Rewrite]] | None = None,
+    plan: Plan | None = None,
+    progress: bool = True,
+    lower: Target,
+) -> LoweredModule: ...
+
+
+def compile(
+    model: nn.Module,
+    budget: Budget | str | float | None = None,
+    *,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    rewrites: Sequence[str | type[Rewrite]] | None = None,
+    plan: Plan | None = None,
+    progress: bool = True,
+    lower: Target | None = None,
+) -> SignedModule | LoweredModule:
     """A smaller model with the same inputs and outputs, as an `fx.GraphModule` with `.plan` and `.report`.
 
     budget: `"4x"`, `"25%"`, `"12 MB"`, 0.25, or `Budget(size=…, error=…, flops=…)`.
@@ -64,12 +96,16 @@ def compile(
     rewrites: names or classes to choose from, by default all of `fxcompress.passes.REWRITES`.
     plan: choices to replay; with a `budget` as well, the plan's candidates are chosen from anew and nothing is priced
         again.
+    lower: "eager" or "inductor": hand the result to `fxcompress.lower`. What it returns is fast here and cannot be
+        saved.
 
-    Raises `BudgetError`, `InfeasibleBudgetError`, `CaptureError`, `CalibrationError`, `NonFiniteError`, `PlanError` or
-    `SpecError`.
+    Raises `BudgetError`, `InfeasibleBudgetError`, `CaptureError`, `CalibrationError`, `LoweringError`,
+    `NonFiniteError`, `PlanError` or `SpecError`.
     """
     if budget is None and plan is None:
         raise BudgetError('compile needs a budget such as "4x", or a plan to replay.')
+    if lower is not None:
+        check_target(lower)
     wanted = Budget.parse(budget) if budget is not None else None
     allowed = resolve(rewrites)
     with untouched():
@@ -81,7 +117,8 @@ def compile(
             plan = choose(plan, wanted)
         if plan.calibrated and not known.calibrated:
             log.warning("the plan was made with calibration data and is replayed without: rounding will lose more.")
-        return _carry_out(original, known, plan, wanted)
+        compiled = _carry_out(original, known, plan, wanted)
+    return compiled if lower is None else lowering.lower(compiled, lower)
 
 
 def plan_only(
