@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 
-from fxcompress.codegen.cpu.lower import lower_graph
+from fxcompress.codegen.cpu.lower import lower_graph, lower_pointwise
 from fxcompress.codegen.cpu.module import LoweredModule, Target
 from fxcompress.core.errors import LoweringError
 from fxcompress.core.signature import SignedModule
@@ -39,7 +39,8 @@ def lower(compiled: SignedModule, to: Target = "inductor") -> LoweredModule:
             f"the module is on {', '.join(sorted(elsewhere))}, and only CPUs are lowered to; move it with .cpu() first."
         )
     with torch.no_grad():
-        return LoweredModule(lower_graph(fuse(compiled)), to)
+        lowered = lower_graph(fuse(compiled))
+        return LoweredModule(lower_pointwise(lowered) if to == "inductor" else lowered, to)
 
 
 def check_target(to: Any) -> None:

@@ -35,7 +35,8 @@ class Block(nn.Module):
 
 def block(spec="quantize{bits=8, group_size=0}"):
     torch.manual_seed(0)
-    return fxcompress.restructure(Block().eval(), {"head": "keep", "*": spec}, example_inputs=(torch.randn(3, 5, WIDE),))
+    specs = {"head": "keep", "*": spec}
+    return fxcompress.restructure(Block().eval(), specs, example_inputs=(torch.randn(3, 5, WIDE),))
 
 
 def relative(y, reference):
@@ -102,7 +103,7 @@ def test_bf16_linear_loses_what_three_roundings_lose():
 
 def test_gelu_is_within_its_bound_everywhere():
     x = torch.linspace(-30, 30, 600_001)
-    assert float((pointwise.gelu(x) - F.gelu(x.double())).abs().max()) <= 9e-5
+    assert float((pointwise.gelu(x) - F.gelu(x.double())).abs().max()) <= 3e-5
     assert torch.equal(pointwise.gelu(torch.tensor([100.0, -100.0, 0.0])), torch.tensor([100.0, -0.0, 0.0]))
 
 
@@ -118,9 +119,10 @@ def test_attention_is_that_of_pytorch_within_bf16(kind):
     elif kind == "bool":
         mask[..., 0] = True
     exact = F.scaled_dot_product_attention(q, k, v, mask)
+    added = pointwise.additive(mask) if mask is not None and mask.dtype == torch.bool else mask
     # a score is up to 4, so it moves by 4 * 3 * 2^-9 at most; shares, values and output by 2^-9 each
     torch.testing.assert_close(
-        pointwise.attention(q, k, v, mask, None), exact, rtol=0, atol=float(v.abs().max()) * 15 * 2**-9
+        pointwise.attention(q, k, v, added, None), exact, rtol=0, atol=float(v.abs().max()) * 15 * 2**-9
     )
 
 

@@ -57,8 +57,19 @@ def lower_graph(gm: SignedModule) -> SignedModule:
             _lookup(work, node)
         elif node.target is aten.linear.default and node.args[1].op == "get_attr":
             _kept(work, node)
-        elif node.target is aten.scaled_dot_product_attention.default:
+    finish(work)
+    return work
+
+
+def lower_pointwise(gm: SignedModule) -> SignedModule:
+    """A copy of `gm` with GELU and attention as fxcompress.codegen.cpu.pointwise has them: many passes over memory, so
+    for a graph whose passes will be fused."""
+    work = gm.copy()
+    for node in list(work.graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
             _attend(work, node)
+        elif node.target is aten.gelu.default and len(node.args) == 1 and not node.kwargs:
+            _approximate(work, node)
     finish(work)
     return work
 
@@ -145,8 +156,6 @@ class _Inlined:
         if call.name == "int8_dynamic_linear" and kernel_of(LEAST, self.dtype, True) == "int8":
             given = [self._argument(a, reads) for a in call.args]
             return self.graph.call_function(products.int8_dynamic, (*given, *[None] * (5 - len(given))))
-        if call == Call("gelu", call.args) and self.dtype != torch.float64:
-            return self.graph.call_function(pointwise.gelu, (self._argument(call.args[0], reads),))
         args = tuple(self._argument(a, reads) for a in call.args)
         named = {name: self._argument(a, reads) for name, a in call.named}
         return self.graph.call_function(op_of(call.name), args, named)
@@ -281,9 +290,23 @@ def _attend(gm: SignedModule, node: fx.Node) -> None:
     plain = not (given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"))
     if not plain or q.dim() != 4 or not attends_in_bf16(q.dtype):
         return
-    args = (given["query"], given["key"], given["value"], given.get("attn_mask"), given.get("scale"))
+    mask = given.get("attn_mask")
+    if mask is not None and mask.meta["val"].dtype == torch.bool:
+        made = [user for user in mask.users if user.target is pointwise.additive]
+        with gm.graph.inserting_after(mask):
+            mask = made[0] if made else gm.graph.call_function(pointwise.additive, (mask,))
+        mask.meta.setdefault("val", given["attn_mask"].meta["val"].float())
+    args = (given["query"], given["key"], given["value"], mask, given.get("scale"))
     with gm.graph.inserting_before(node):
         output = gm.graph.call_function(pointwise.attention, args)
     output.meta.update(node.meta)
     node.replace_all_uses_with(output)
     gm.graph.erase_node(node)
+
+
+def _approximate(gm: SignedModule, node: fx.Node) -> None:
+    """GELU in float32 or less."""
+    value = node.meta.get("val", node.args[0].meta.get("val"))  # type: ignore[union-attr]
+    if isinstance(value, Tensor) and value.dtype == torch.float64:
+        return
+    node.target = pointwise.gelu

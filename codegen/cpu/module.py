@@ -19,6 +19,8 @@ from fxcompress.core.signature import Signature, SignedModule
 Target = Literal["eager", "inductor"]
 OPTIONS: Mapping[str, Any] = {  # Inductor's, for this module's compilation alone
     "freezing": True,
+    # what follows a product reads its sums, two numbers a token and three a column: no reason to write it out
+    "realize_reads_threshold": 8,
     "cpp.enable_floating_point_contract_flag": "fast",  # a b + c rounded once
 }
 
