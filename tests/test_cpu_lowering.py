@@ -238,6 +238,16 @@ def test_packed_weights_replace_the_decoded_ones():
     assert sum(held.values()) < 1.1 * 6 * WIDE * WIDE + 4 * 5 * 6 * WIDE
 
 
+def test_a_lowered_module_is_in_eval_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDE, WIDE), nn.Dropout(0.5))
+    specs = {"0": "quantize{bits=8, group_size=0}"}
+    small = fxcompress.restructure(model, specs, example_inputs=(torch.randn(3, WIDE),))
+    x, fast = torch.randn(4, WIDE), fxcompress.lower(small.train(), to="eager")
+    assert small.training
+    assert torch.equal(fast.train()(x), fast(x))
+
+
 def test_compile_lowers_what_it_made():
     torch.manual_seed(0)
     x = torch.randn(4, 5, WIDE)

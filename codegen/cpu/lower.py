@@ -38,6 +38,7 @@ from fxcompress.codegen.spec import (
     op_of,
     parse,
 )
+from fxcompress.core.modes import forget
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.surgery import attribute_of, finish
 
@@ -48,8 +49,9 @@ _BLOCKS = ("block_low_rank_linear", "monarch_linear")  # as many multiplications
 
 
 def lower_graph(gm: SignedModule) -> SignedModule:
-    """A copy of `gm` over the tensors it still reads and the packed weights."""
+    """A copy of `gm` over the tensors it still reads and the packed weights, in eval mode."""
     work = gm.copy()
+    forget(work.graph)
     for node in list(work.graph.nodes):
         if node.target in (FUSED, PARALLEL):
             lower_node(work, node)
