@@ -9,8 +9,9 @@ from fxcompress.checkpoint import load, save
 from fxcompress.core.budget import Budget
 from fxcompress.core.plan import Plan
 from fxcompress.core.show import show
+from fxcompress.lowering import lower
 from fxcompress.report import Report
 from fxcompress.restructuring import restructure
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Plan", "Report", "compile", "load", "lottery", "restructure", "save", "show"]
+__all__ = ["Budget", "Plan", "Report", "compile", "load", "lottery", "lower", "restructure", "save", "show"]

@@ -11,13 +11,15 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
+from fxcompress import lowering
 from fxcompress.carrying_out import carry_out
 from fxcompress.checkpoint import predicted_overhead
+from fxcompress.codegen.cpu.module import LoweredModule, Target
 from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration, bind_batch, calibrate
 from fxcompress.core.capture import capture, example_of, split_inputs
@@ -30,11 +32,41 @@ from fxcompress.core.site import find_sites
 from fxcompress.core.surgery import stored_bytes
 from fxcompress.core.ties import parallel
 from fxcompress.cost_model.select import choose
+from fxcompress.lowering import check_target
 from fxcompress.passes import REWRITES
 from fxcompress.passes.propose import propose
 from fxcompress.passes.unit_groups import find_roles, take_roles, unit_ties
 
 log = logging.getLogger("fxcompress")
+
+
+@overload
+def compile(
+    model: nn.Module,
+    budget: Budget | str | float | None = None,
+    *,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    rewrites: Sequence[str | type[Rewrite]] | None = None,
+    plan: Plan | None = None,
+    progress: bool = True,
+    lower: None = None,
+) -> SignedModule: ...
+
+
+@overload
+def compile(
+    model: nn.Module,
+    budget: Budget | str | float | None = None,
+    *,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    rewrites: Sequence[str | type[Rewrite]] | None = None,
+    plan: Plan | None = None,
+    progress: bool = True,
+    lower: Target,
+) -> LoweredModule: ...
+
 
 def compile(
     model: nn.Module,
@@ -45,7 +77,8 @@ def compile(
     rewrites: Sequence[str | type[Rewrite]] | None = None,
     plan: Plan | None = None,
     progress: bool = True,
-) -> SignedModule:
+    lower: Target | None = None,
+) -> SignedModule | LoweredModule:
     """A smaller model with the same inputs and outputs, as an `fx.GraphModule` with `.plan` and `.report`.
 
     budget: `"4x"`, `"25%"`, `"12 MB"`, 0.25, or `Budget(size=…, error=…, flops=…)`.
@@ -56,12 +89,16 @@ def compile(
     rewrites: names or classes to choose from, by default all of `fxcompress.passes.REWRITES`.
     plan: choices to replay; with a `budget` as well, the plan's candidates are chosen from anew and nothing is priced
         again.
+    lower: "eager" or "inductor": hand the result to `fxcompress.lower`. What it returns is fast here and cannot be
+        saved.
 
-    Raises `BudgetError`, `InfeasibleBudgetError`, `CaptureError`, `CalibrationError`, `NonFiniteError`, `PlanError` or
-    `SpecError`.
+    Raises `BudgetError`, `InfeasibleBudgetError`, `CaptureError`, `CalibrationError`, `LoweringError`,
+    `NonFiniteError`, `PlanError` or `SpecError`.
     """
     if budget is None and plan is None:
         raise BudgetError('compile needs a budget such as "4x", or a plan to replay.')
+    if lower is not None:
+        check_target(lower)
     wanted = Budget.parse(budget) if budget is not None else None
     allowed = resolve(rewrites)
     with untouched():
@@ -73,7 +110,8 @@ def compile(
             plan = choose(plan, wanted)
         if plan.calibrated and not known.calibrated:
             log.warning("the plan was made with calibration data and is replayed without: rounding will lose more.")
-        return carry_out(original, known, plan, wanted)
+        compiled = carry_out(original, known, plan, wanted)
+    return compiled if lower is None else lowering.lower(compiled, lower)
 
 
 def plan_only(

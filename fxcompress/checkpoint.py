@@ -37,6 +37,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from fxcompress.codegen.costs import cost_of
+from fxcompress.codegen.cpu.module import LoweredModule
 from fxcompress.codegen.triton.listing import list_kernels
 from fxcompress.core.capture import recapture, unlift
 from fxcompress.core.errors import CheckpointError, FxcompressError
@@ -62,6 +63,10 @@ def save(compiled: SignedModule, folder: str | os.PathLike[str]) -> None:
     """
     target = Path(folder)
     refuse_existing(target)
+    if isinstance(compiled, LoweredModule):
+        raise CheckpointError(
+            "a lowered module fits this machine alone; save the compiled one, and lower it after loading."
+        )
     if not isinstance(compiled, SignedModule) or "report" not in compiled.meta:
         raise CheckpointError(
             f"save takes what fxcompress.compile or restructure returned, not a {type(compiled).__name__}."

@@ -43,5 +43,9 @@ class CheckpointError(FxcompressError):
     """A folder that is not a whole fxcompress checkpoint, or could not be written."""
 
 
+class LoweringError(FxcompressError, ValueError):
+    """A module that cannot be lowered, or a place it cannot be lowered to."""
+
+
 class KernelError(FxcompressError):
     """A kernel that cannot be built here, or is not what it should be."""

@@ -42,3 +42,10 @@ def switch(graph: fx.Graph, training: bool) -> bool:
             changed |= node.args[at] != wanted
             node.update_arg(at, wanted)
     return changed
+
+
+def forget(graph: fx.Graph) -> None:
+    """Eval mode for good: nothing is remembered."""
+    switch(graph, training=False)
+    for node in graph.nodes:
+        node.meta.pop(_KEY, None)
