@@ -43,7 +43,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runs = dict(runtimes(Path(folder), options))
         inputs = [example(*shape) for shape in SHAPES]
-        seconds = [times(runs, given, options.rounds) for given in inputs]
+        seconds = []
+        for shape, given in zip(SHAPES, inputs):
+            seconds.append(times(runs, given, options.rounds))
+            medians = {name: f"{statistics.median(found) * 1e3:.2f} ms" for name, found in seconds[-1].items()}
+            print(shape, medians, flush=True)
         quality = {name: judge(run) for name, (run, _) in runs.items()}
         score, reference = quality["PyTorch"]
         rows = []

@@ -1,7 +1,7 @@
 """A compressed weight as one matrix, and a compressed table as one table: the op asked for it, column by column.
 
-linear ops       W^T = op(I) without a bias: every one of them is linear in x, or rounds the rows of I exactly
-tables           op(0 .. rows - 1)
+    linear ops       W^T = op(I) without a bias: every one of them is linear in x, or rounds the rows of I exactly
+    tables           op(0 .. rows - 1)
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def lower_graph(gm: SignedModule) -> SignedModule:
     forget(work.graph)
     for node in list(work.graph.nodes):
         if node.target in (FUSED, PARALLEL):
-            lower_node(work, node)
+            _Inlined(work, node).replace()
         elif node.target in _LOOKUPS and all(n.op == "get_attr" for n in node.all_input_nodes[1:]):
             _lookup(work, node)
         elif node.target is aten.linear.default and node.args[1].op == "get_attr":
@@ -76,12 +76,9 @@ def lower_pointwise(gm: SignedModule) -> SignedModule:
     return work
 
 
-def lower_node(gm: SignedModule, node: fx.Node) -> None:
-    """Write the steps of one fused node into the graph before it, and hand its readers over to them."""
-    _Inlined(gm, node).replace()
-
-
 class _Inlined:
+    """The steps of one fused node, written into the graph before it."""
+
     def __init__(self, gm: SignedModule, node: fx.Node) -> None:
         x, tensors, extras, text, *_ = node.args
         assert isinstance(x, fx.Node)

@@ -1,13 +1,13 @@
 """A lowered graph, to be called as the module it was made from; no gradient is kept.
 
-eager       node after node
-inductor    torch.compile: pointwise work between the products becomes C++ loops, attention a fused kernel; compiled
-            at the first call, once for any batch of two or more, and once each where a size is 1
+    eager       node after node
+    inductor    torch.compile: pointwise work between the products becomes C++ loops, attention a fused kernel; compiled
+                at the first call, once for any batch of two or more, and once each where a size is 1
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,8 +17,19 @@ from torch.utils import _pytree as pytree
 from fxcompress.core.signature import Signature, SignedModule
 
 Target = Literal["eager", "inductor"]
+
+
+def _of_inputs(guards: Sequence[Any]) -> list[bool]:
+    """Which guards a call has to check: the graph and its tensors are this module's own, and nobody changes them.
+
+    With the others a call of MiniLM at 1 x 16 is 3.9 ms instead of 3.4 (one thread, Zen 4 EPYC, 2026-11-21).
+    """
+    return [not guard.name.startswith(("L['self']", "G[")) for guard in guards]
+
+
 OPTIONS: Mapping[str, Any] = {  # Inductor's, for this module's compilation alone
     "freezing": True,
+    "guard_filter_fn": _of_inputs,
     # what follows a product reads its sums, two numbers a token and three a column: no reason to write it out
     "realize_reads_threshold": 8,
     "cpp.enable_floating_point_contract_flag": "fast",  # a b + c rounded once
