@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fxcompress.core.calibrate import Call
 from fxcompress.core.divergence import Divergence, mask_of, named_outputs
+from fxcompress.core.frontier import reads_of
 from fxcompress.core.plan import KEEP, Candidate, Plan
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site
@@ -46,8 +47,8 @@ def shares(
     rewritten = [site for site in sites if site.name in weights]
 
     def put(site: Site, pair: tuple[Tensor, Tensor | None]) -> None:
-        for path in site.paths:
-            _set(twin, path, site.stored(pair[0]))
+        for read in reads_of(twin, site):  # a tied weight has paths that no node reads, and the copy has not
+            _set(twin, str(read.target), site.stored(pair[0]))
         if pair[1] is not None and site.uses[0].bias is not None:
             _set(twin, str(site.uses[0].bias.target), pair[1])
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcompress.core.calibrate import Call
 from fxcompress.core.divergence import Divergence, mask_of, named_outputs
+from fxcompress.core.frontier import Frontier, put
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site
 
@@ -31,59 +31,26 @@ class Prober:
 
     def __init__(self, gm: SignedModule, calls: Sequence[Call]) -> None:
         self.gm, self.calls = gm, calls
-        self.runner = fx.Interpreter(gm)
-        self.nodes = list(gm.graph.nodes)
-        self.position = {node: i for i, node in enumerate(self.nodes)}
-        last = {user: i for i, node in enumerate(self.nodes) for user in node.all_input_nodes}
-        self.dies_at: dict[int, list[fx.Node]] = {}
-        for node, i in last.items():
-            self.dies_at.setdefault(i, []).append(node)
-        self.done = 0  # nodes the prefix has run
-        self.prefixes: list[dict[fx.Node, Any]] = [_inputs(gm, call) for call in calls]
-        self.references = [self._finish(dict(env), 0, call) for env, call in zip(self.prefixes, calls)]
+        self.frontier = Frontier(gm, calls)
+        self.references = [self._finish(dict(env), 0, call) for env, call in zip(self.frontier.values, calls)]
 
     def loss(self, site: Site, weight: Tensor, bias: Tensor | None) -> float:
         """The model's loss with `weight` (rows, columns), and `bias` if not None, in place of the site's own."""
-        reads = [n for n in self.gm.graph.find_nodes(op="get_attr") if n.target in site.paths]
-        start = min(self.position[user] for read in reads for user in read.users)
-        self._advance(start)
+        start = self.frontier.first_use(site)
+        self.frontier.advance(start)
         divergence = Divergence()
-        for env, call, reference in zip(self.prefixes, self.calls, self.references):
+        for env, call, reference in zip(self.frontier.values, self.calls, self.references):
             fork = dict(env)
-            for read in reads:
-                fork[read] = site.stored(weight)
-            if bias is not None and site.uses[0].bias is not None:
-                fork[site.uses[0].bias] = bias
+            put(fork, self.gm, site, weight, bias)
             divergence.add(reference, self._finish(fork, start, call))
         return divergence.loss
 
-    def _advance(self, stop: int) -> None:
-        for env in self.prefixes:
-            self._run(env, self.done, max(stop, self.done))
-        self.done = max(stop, self.done)
-
     def _finish(self, env: dict[fx.Node, Any], start: int, call: Call) -> dict[str, Tensor]:
-        output = self._run(env, start, len(self.nodes))
+        output = self.frontier.run(env, start, len(self.frontier.nodes))
         leaves = output if isinstance(output, list | tuple) else [output]
         spec = self.gm._out_spec
         assert spec is not None
         return named_outputs(pytree.tree_unflatten(list(leaves), spec), mask_of(call[1]))
-
-    def _run(self, env: dict[fx.Node, Any], start: int, stop: int) -> Any:
-        value = None
-        self.runner.env = env
-        with torch.no_grad():
-            for i in range(start, stop):
-                node = self.nodes[i]
-                if node not in env:  # placeholders are there from the start
-                    value = env[node] = self.runner.run_node(node)
-                for dead in self.dies_at.get(i, ()):
-                    env.pop(dead, None)
-        return value
-
-
-def _inputs(gm: SignedModule, call: Call) -> dict[fx.Node, Any]:
-    return dict(zip(gm.graph.find_nodes(op="placeholder"), pytree.tree_leaves(call)))
 
 
 def kappa(loss: float, local_error: float) -> float:

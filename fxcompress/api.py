@@ -50,6 +50,7 @@ def compile(
     rewrites: Sequence[str | type[Rewrite]] | None = None,
     plan: Plan | None = None,
     progress: bool = True,
+    staged: bool = False,
     lower: None = None,
 ) -> SignedModule: ...
 
@@ -64,6 +65,7 @@ def compile(
     rewrites: Sequence[str | type[Rewrite]] | None = None,
     plan: Plan | None = None,
     progress: bool = True,
+    staged: bool = False,
     lower: Target,
 ) -> LoweredModule: ...
 
@@ -77,6 +79,7 @@ def compile(
     rewrites: Sequence[str | type[Rewrite]] | None = None,
     plan: Plan | None = None,
     progress: bool = True,
+    staged: bool = False,
     lower: Target | None = None,
 ) -> SignedModule | LoweredModule:
     """A smaller model with the same inputs and outputs, as an `fx.GraphModule` with `.plan` and `.report`.
@@ -89,6 +92,9 @@ def compile(
     rewrites: names or classes to choose from, by default all of `fxcompress.passes.REWRITES`.
     plan: choices to replay; with a `budget` as well, the plan's candidates are chosen from anew and nothing is priced
         again.
+    staged: collect what rounds and factorizes each weight anew behind the weights already compressed
+        (fxcompress.staged): a little less error, for another pass over the calibration batches, which are kept until
+        then.
     lower: "eager" or "inductor": hand the result to `fxcompress.lower`. What it returns is fast here and cannot be
         saved.
 
@@ -102,7 +108,7 @@ def compile(
     wanted = Budget.parse(budget) if budget is not None else None
     allowed = resolve(rewrites)
     with untouched():
-        original, known = observe(model, example_inputs, calibration, progress)
+        original, known = observe(model, example_inputs, calibration, progress, staged=staged)
         if plan is None:
             assert wanted is not None
             plan = price(original, allowed, known, wanted, progress, named=rewrites is not None)
@@ -181,13 +187,16 @@ def observe(
     batches: Iterable[Any] | None,
     progress: bool,
     trainable: bool = False,
+    staged: bool = False,
 ) -> tuple[SignedModule, Calibration]:
     """Capture, then run the calibration batches; without any, the example inputs are all there is to judge by."""
+    if staged and batches is None:
+        raise CalibrationError("staged=True collects statistics anew, and there are none: give calibration=batches.")
     batches, first = _peek(batches)
     example = example if example is not None else first if first is not None else example_of(model)
     original = capture(model, example, trainable)
     if batches is not None:
-        return original, calibrate(original, find_sites(original), batches, progress)
+        return original, calibrate(original, find_sites(original), batches, progress, staged)
     call = bind_batch(original, example, 0)
     return original, Calibration(held_out=[call], examples=1, calibrated=False, has_held_out=False)
 

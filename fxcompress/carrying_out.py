@@ -26,6 +26,7 @@ from fxcompress.passes.hidden_units import Role
 from fxcompress.passes.recipe import parse
 from fxcompress.passes.unit_groups import cut_between, find_roles, take_roles
 from fxcompress.report import Report, SiteReport
+from fxcompress.staged import watched
 
 log = logging.getLogger("fxcompress")
 
@@ -79,10 +80,11 @@ def _weights(
     """The sites, and what each rewritten weight amounts to."""
     sites = take_roles(find_sites(original), roles)
     specs = {choice.site: choice.spec for choice in plan.choices if choice.spec != KEEP}
-    found = {}
+    found, seen = {}, watched(original, known)
     for site in sites:
         if site.name in specs:
-            made = parse(specs[site.name], REWRITES).make(known.informed(site))
+            made = parse(specs[site.name], REWRITES).make(seen.informed(site))
+            seen.rewritten(site, made)
             if made.weight.shape == site.weight.shape:  # cut units are no weight of that shape
                 found[site.name] = (made.weight, made.bias)
             site.forget()
@@ -133,15 +135,16 @@ def _rewrite(
     _check_fit(plan, sites)
     recipes = {choice.site: parse(choice.spec, REWRITES) for choice in plan.choices}
     cut_between(work, sites, recipes)
-    reports = []
+    reports, seen = [], watched(original, known)
     for choice in plan.choices:
         site = sites[choice.site]
         if choice.spec == KEEP:
             reports.append(SiteReport(site.name, KEEP, choice.bytes, site.dense_bytes, 0.0, 0.0))
             continue
-        site = known.informed(site)
+        site = seen.informed(site)
         recipe = recipes[site.name]
         made = recipe.make(site)
+        seen.rewritten(site, made)
         stored = sum(t.numel() * t.element_size() for t in made.tensors.values()) - recipe.structure.freed_bytes(site)
         error = recipe.error(site, made.weight) ** 0.5
         made.apply(work, site)

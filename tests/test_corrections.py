@@ -43,6 +43,29 @@ def test_shares_are_what_taking_a_choice_back_leaves():
     assert torch.equal(gm(x), model(x))  # nothing was left behind
 
 
+def test_shares_of_a_tied_weight():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids).tanh())
+
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.randint(12, (4, 5))
+    gm = capture(model, (ids,))
+    (site,) = find_sites(gm)
+    off = site.weight + 0.1 * torch.randn_like(site.weight)
+    found = shares(gm, [site], {site.name: (off, None)}, [((ids,), {})])
+    before = model(ids)
+    model.table.weight.data = off
+    expected = float((model(ids) - before).double().square().sum() / before.double().square().sum())
+    assert found.whole == pytest.approx(expected, rel=1e-5)
+    assert found.of[site.name] == pytest.approx(expected, rel=1e-5)
+
+
 def test_corrected_prices_add_up_to_what_was_measured():
     model, x = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64), nn.Linear(64, 64)), torch.randn(64, 64)
     plan = fxcompress.compile(model.eval(), "3x", calibration=[(x,)], rewrites=["quantize"], progress=False).plan

@@ -7,7 +7,7 @@ from torch import nn
 
 import fxcompress
 from benchmarks.models import minilm
-from fxcompress.codegen.cpu import pointwise, products, rules
+from fxcompress.codegen.cpu import module, pointwise, products, rules
 from fxcompress.codegen.cpu.decode import dense
 from fxcompress.codegen.cpu.lower import lower_graph
 from fxcompress.core.errors import CheckpointError, LoweringError
@@ -109,20 +109,22 @@ def test_gelu_is_within_its_bound_everywhere():
 
 @bf16
 @pytest.mark.parametrize("kind", ["none", "bool", "float", "no key"])
-def test_attention_is_that_of_pytorch_within_bf16(kind):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_is_that_of_pytorch_within_bf16(kind, batch):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 7, 16) for _ in range(3))
-    mask = {"none": None, "bool": torch.rand(2, 1, 7, 7) > 0.3, "float": torch.randn(2, 1, 7, 7)}.get(kind)
+    q, k, v = (torch.randn(batch, 3, 7, 16) for _ in range(3))
+    mask = {"none": None, "bool": torch.rand(batch, 1, 7, 7) > 0.3, "float": torch.randn(batch, 1, 7, 7)}.get(kind)
     if kind == "no key":
-        mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+        mask = torch.ones(batch, 1, 7, 7, dtype=torch.bool)
         mask[0, 0, 2] = False
     elif kind == "bool":
         mask[..., 0] = True
     exact = F.scaled_dot_product_attention(q, k, v, mask)
     added = pointwise.additive(mask) if mask is not None and mask.dtype == torch.bool else mask
-    # a score is up to 4, so it moves by 4 * 3 * 2^-9 at most; shares, values and output by 2^-9 each
+    # a score is up to 4, so it moves by 4 * 3 * 2^-9 at most; shares, values and output by 2^-9 each; 2^-24 in float32
+    unit = 2**-24 if batch == 1 else 2**-9
     torch.testing.assert_close(
-        pointwise.attention(q, k, v, added, None), exact, rtol=0, atol=float(v.abs().max()) * 15 * 2**-9
+        pointwise.attention(q, k, v, added, None), exact, rtol=0, atol=float(v.abs().max()) * 15 * unit
     )
 
 
@@ -214,6 +216,27 @@ def test_inductor_serves_all_sizes(context):
             x = torch.randn(*shape, WIDE)
             assert relative(fast(x), slow(x)) < 0.01  # other roundings of the same formula
             assert not fast(x).requires_grad
+
+
+def test_guards_are_those_of_the_inputs(monkeypatch):
+    """A call does not look at each weight again, and two modules keep their own."""
+    kept, of_inputs = [], module.OPTIONS["guard_filter_fn"]
+
+    def filtered(guards):
+        kept.append({guard.name for guard, keep in zip(guards, of_inputs(guards)) if keep})
+        return of_inputs(guards)
+
+    monkeypatch.setattr(module, "OPTIONS", {**module.OPTIONS, "guard_filter_fn": filtered})
+    x = torch.randn(3, 5, WIDE)
+    lowered = [fxcompress.lower(block(spec)) for spec in ("quantize{bits=8, group_size=0}", "low_rank{rank=20}")]
+    outputs = [made(x) for made in lowered * 2]
+    assert kept
+    assert all(names == {"", "x"} for names in kept)  # "": of torch's state
+    torch.testing.assert_close(outputs[:2], outputs[2:], rtol=0, atol=0)
+    for made, y in zip(lowered, outputs):
+        with torch.no_grad():
+            assert relative(y, made.graph_module(x)) < 0.01  # other roundings of the same formula
+    assert relative(outputs[0], outputs[1]) > 0.01
 
 
 def test_nothing_else_is_touched():

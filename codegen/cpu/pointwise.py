@@ -6,7 +6,8 @@ gelu        x Phi(x), with Phi(x) ~ sigmoid(x (G_0 + G_1 u + G_2 u^2)), u = min(
     steps of the row's range; where that is 0.02 or more, a step is larger than this error. The sigmoid is for Inductor
     too: on a CPU it computes what holds one once, where it would compute erf a second time when it rounds the row.
 
-attention   softmax(q k^T scale + mask) v by two bf16 products, the softmax between them in float32
+attention   softmax(q k^T scale + mask) v by two bf16 products, the softmax between them in float32; by two float32
+            products for one short sequence, where starting oneDNN costs more than the product
 
     One thread, 8 x 12 heads of 128 x 32, Zen 4, 2026-11-21: bf16 products 1.0 ms and the softmax fused into what
     surrounds it, against 4.2 ms of PyTorch's flash kernel in float32 and 4.8 ms in bf16.
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxcompress.codegen.cpu.rules import attends_in_full
+from fxcompress.codegen.cpu.rules import attends_in_float, attends_in_full
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -39,14 +40,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     batch, heads, positions, size = q.shape
     factor = 1 / math.sqrt(size) if scale is None else scale
-    left, right, values = (
-        t.to(torch.bfloat16).reshape(batch * heads, t.shape[2], t.shape[3]) for t in (q * factor, k, v)
-    )
+    dtype = torch.float32 if attends_in_float(batch, k.shape[2]) else torch.bfloat16
+    left, right, values = (t.to(dtype).reshape(batch * heads, t.shape[2], t.shape[3]) for t in (q * factor, k, v))
     scores = torch.bmm(left, right.transpose(1, 2)).float().reshape(batch, heads, positions, k.shape[2])
     scores = scores if mask is None else scores + mask
     shares = (scores - scores.amax(-1, keepdim=True).clamp_min(-1e30)).exp()
     total = shares.sum(-1, keepdim=True).clamp_min(1e-30)  # rows without a key give zeros, as in PyTorch's
-    mixed = torch.bmm(shares.to(torch.bfloat16).reshape(batch * heads, positions, k.shape[2]), values)
+    mixed = torch.bmm(shares.to(dtype).reshape(batch * heads, positions, k.shape[2]), values)
     return (mixed.float().reshape(batch, heads, positions, v.shape[3]) / total).to(q.dtype)
 
 

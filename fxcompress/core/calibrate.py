@@ -81,6 +81,7 @@ class Calibration:
     counts: dict[str, Tensor] = field(default_factory=dict)  # by the key of the use: (rows,) float64
     gradients: dict[str, Tensor] = field(default_factory=dict)  # by the name of the lookup node: sum g g^T
     held_out: list[Call] = field(default_factory=list)
+    fitted: list[Call] = field(default_factory=list)  # what the moments are of; kept for staged calibration alone
     examples: int = 0
     calibrated: bool = True  # False: there was no data, held_out are the example inputs
     has_held_out: bool = True  # False: too little data, held_out are part of what was calibrated on
@@ -145,8 +146,11 @@ def row_probabilities(counts: Tensor) -> Tensor:
     return (1 - EVEN_SHARE) * (known * (1 - freed) + fresh * freed) + EVEN_SHARE * even
 
 
-def calibrate(gm: SignedModule, sites: Sequence[Site], batches: Iterable[Any], progress: bool = True) -> Calibration:
-    """Run every batch once. Raises `CalibrationError` for empty data, a batch that does not fit, or NaN activations."""
+def calibrate(
+    gm: SignedModule, sites: Sequence[Site], batches: Iterable[Any], progress: bool = True, staged: bool = False
+) -> Calibration:
+    """Run every batch once; `staged` keeps them. Raises `CalibrationError` for empty data, a batch that does not fit,
+    or NaN activations."""
     result = Calibration()
     observer = _Observer(gm, sites, result.moments, result.counts)
     total = len(batches) if isinstance(batches, Sized) else None
@@ -161,6 +165,8 @@ def calibrate(gm: SignedModule, sites: Sequence[Site], batches: Iterable[Any], p
             continue
         result.examples += _examples(fit)
         observer.observe(fit, index)
+        if staged:
+            result.fitted.append(fit)
         if len(gradient_batches) < GRADIENT_BATCHES:
             gradient_batches.append(fit)
     if result.examples == 0:
@@ -217,7 +223,7 @@ class _Observer(fx.Interpreter):
         value = super().run_node(n)
         for key, (site, use) in self.products.get(n.name, {}).items():
             moment = self.moments.setdefault(key, Moment())
-            moment.add(unmasked(value, self.mask) if use.window is None else patches(use.window, value, self.mask))
+            moment.add(multiplied(use, value, self.mask))
             if not bool(torch.isfinite(moment.total).all()):  # type: ignore[arg-type]
                 raise CalibrationError(
                     f"calibration batch {self.index} makes the input of {site.name} NaN or infinite; remove that batch."
@@ -234,6 +240,11 @@ class _Observer(fx.Interpreter):
             seen = torch.bincount(ids.reshape(-1), minlength=rows).double()
             self.counts[n.name] = self.counts.get(n.name, 0) + seen
         return value
+
+
+def multiplied(use: Use, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of x that the weight multiplies, padding left out."""
+    return unmasked(x, mask) if use.window is None else patches(use.window, x, mask)
 
 
 def patches(window: Window, x: Tensor, mask: Tensor | None = None) -> Tensor:
