@@ -19,6 +19,7 @@ MiniLM's products on 2 cores of a Zen 4 EPYC (AVX-512 with VNNI and bf16), 2026-
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -45,6 +46,15 @@ def kernel_of(elements: int, dtype: torch.dtype, compressed: bool) -> Kernel:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """What products of one model are chosen by. working_set: bytes of its weights (fxcompress.cost_model.device)."""
+
+    profile: DeviceProfile | None = None
+    target: Target = "inductor"
+    working_set: float = 0
+
+
+@dataclass(frozen=True)
 class Bucket:
     """`kernel` for up to `tokens` tokens; None: for any number of them."""
 
@@ -53,30 +63,20 @@ class Bucket:
 
 
 def kernels_of(
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    compressed: bool,
-    profile: DeviceProfile | None = None,
-    *,
-    group: int | None = None,
-    target: Target = "inductor",
+    rows: int, columns: int, dtype: torch.dtype, compressed: bool, rule: Rule, group: int | None = None
 ) -> tuple[Bucket, ...]:
     """By growing numbers of tokens. group: columns of a scale, where the weight is stored in 4 bits or fewer."""
     static = kernel_of(rows * columns, dtype, compressed)
-    if profile is None or static != "int8":
+    if rule.profile is None or static != "int8" or columns % 16:  # NOTE: the kernel reads past a row, 16 at a time
         return (Bucket(static, None),)
+    profile = rule.profile
     weight_only: tuple[Kernel, ...] = ("int8_weight",)
     if group in GROUPS and columns % group == 0 and rows % 64 == 0:
         weight_only = (*weight_only, "int4_weight")
 
     def seconds(kernel: Kernel, tokens: tuple[int, ...]) -> float:
-        # streamed: where bytes of the weight matter, the model is larger than the caches
-        return sum(
-            profile.product_seconds(kernel, t, rows, columns, target=target, working_set=4 * profile.cache_bytes)
-            / profile.product_seconds("int8", t, rows, columns, target=target, working_set=4 * profile.cache_bytes)
-            for t in tokens
-        )
+        given = partial(profile.product_seconds, target=rule.target, working_set=rule.working_set)
+        return sum(given(kernel, t, rows, columns) / given("int8", t, rows, columns) for t in tokens)
 
     def best(tokens: tuple[int, ...]) -> Kernel:
         other = min(weight_only, key=lambda kernel: seconds(kernel, tokens))
