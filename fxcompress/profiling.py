@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from tqdm import tqdm
 
 from fxcompress.codegen.cpu import measure
 from fxcompress.codegen.cpu.measure import Sizes
 from fxcompress.codegen.triton.build import cache_folder, write_whole
 from fxcompress.core.errors import ProfileError
-from fxcompress.cost_model.device import DeviceProfile, Grid, device_name, file_name, versions
+from fxcompress.cost_model.device import PRODUCTS, DeviceProfile, Grid, device_name, file_name, versions
 
 log = logging.getLogger("fxcompress.profiling")
 
@@ -71,11 +72,38 @@ def cached_path() -> Path:
     return cache_folder() / "profiles" / f"{file_name(device_name(), torch.get_num_threads(), versions())}.json"
 
 
+def table(profile: DeviceProfile) -> str:
+    """Microseconds of products of some sizes, and how far off the profile is."""
+    rows = []
+    for n, k, tokens in ((384, 384, 16), (768, 768, 1), (768, 3072, 128), (3072, 768, 128), (4096, 4096, 1)):
+        found = [
+            profile.bare_seconds(kernel, tokens, n, k) if kernel in profile.products else None for kernel in PRODUCTS
+        ]
+        rows.append((f"{n} x {k}", tokens, *("-" if s is None else f"{s * 1e6:,.0f}" for s in found)))
+    heads = ["weight", "tokens", *(f"{kernel}" for kernel in PRODUCTS)]
+    told = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
+    middle, tail = profile.error
+
+    def told_us(name: str) -> str:
+        return f"{profile.overheads[name] * 1e6:.1f} us"
+
+    return "\n".join([
+        f"{profile.device}, {profile.threads} threads, {told}, {profile.date}",
+        "",
+        "microseconds of a product, its weight in the cache",
+        tabulate(rows, headers=heads, disable_numparse=True, colalign=("left", *["right"] * (len(heads) - 1))),
+        "",
+        f"a call of a module {told_us('eager.call')} in eager, {told_us('inductor.call')} compiled; "
+        f"a view {told_us('eager.view')}",
+        f"own error, products of sizes not measured: median {middle:.0%}, 90th percentile {tail:.0%}",
+    ])  # fmt: skip
+
+
 def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
     names, between = measure.kernels(), measure.Between()
     passes, compiled = list(measure.PASSES), list(measure.COMPILED)
     total = measure.ROUNDS * (len(names) + len(passes) + len(measure.ATTENTION)) + len(compiled) + 3
-    several = replace(sizes, rows=sizes.rows[1:])  # one row would be compiled by itself
+    several = replace(sizes, rows=sizes.looped)
     with tqdm(total=total, desc="profile", unit="table", disable=not progress, leave=False, mininterval=0) as bar:
 
         def told(name: str, run: Callable[[], Any]) -> Any:

@@ -34,6 +34,7 @@ from fxcompress.cost_model.device import Grid, Target
 
 ROUNDS = 2
 CACHED = 8 << 20  # bytes of copies
+LAYER = 2 << 20  # bytes of weights between two calls of a kernel: more than a second-level cache
 SAMPLES = 7
 KEPT = 64  # columns of an int4 scale
 Run = Callable[[], Any]
@@ -47,6 +48,7 @@ class Sizes:
     features: tuple[int, ...] = (64, 256, 1024, 4096)
     rows: tuple[int, ...] = (1, 16, 128, 1024, 8192)
     columns: tuple[int, ...] = (64, 512, 3072)
+    looped: tuple[int, ...] = (16, 128, 512)  # rows of compiled passes: what one hands to the next stays in the caches
     heads: tuple[int, ...] = (4, 32, 256)
     positions: tuple[int, ...] = (1, 16, 128, 512)
     head: tuple[int, ...] = (16, 64)
@@ -64,7 +66,8 @@ def cache_bytes() -> int:
 
 
 class Between:
-    """What a model does between two calls of the same kernel: other kernels, whose code takes its place in the caches.
+    """What a model does between two calls of the same kernel: other kernels and a layer's weights, which take the
+    place of its code and of its data in the caches.
 
     A tight loop flatters what is short: 16 tokens by 384 x 384 in int8 take 14 us in one and 24 us in such company, a
     view 1.2 and 4.9 us (2 threads of a Zen 4 EPYC, 2026-11-21).
@@ -73,9 +76,11 @@ class Between:
     def __init__(self) -> None:
         self.x, self.w, self.q = torch.randn(16, 384), torch.randn(384, 384), torch.randn(1, 12, 16, 32)
         self.ids, self.table = torch.arange(16), torch.randn(100, 384)
+        self.layer = torch.ones(LAYER // 4)
         self.large = torch.ones(2 * cache_bytes() // 4)
 
     def __call__(self) -> None:
+        self.layer.sum()
         x = torch.softmax(F.gelu(F.layer_norm(F.linear(self.x, self.w), (384,))), -1) + self.x
         products.rounded_tokens(x)
         F.embedding(self.ids, self.table)
