@@ -46,7 +46,7 @@ class Sizes:
 
     tokens: tuple[int, ...] = (1, 2, 4, 16, 64, 256, 1024)
     features: tuple[int, ...] = (64, 256, 1024, 4096)
-    rows: tuple[int, ...] = (1, 16, 128, 1024, 8192)
+    rows: tuple[int, ...] = (1, 16, 128, 512, 2048, 8192)
     columns: tuple[int, ...] = (64, 512, 3072)
     looped: tuple[int, ...] = (16, 128, 512)  # rows of compiled passes: what one hands to the next stays in the caches
     heads: tuple[int, ...] = (4, 32, 256)
