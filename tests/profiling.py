@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from fxcompress.codegen.cpu.measure import COMPILED, PASSES
+from fxcompress.codegen.cpu.between import COMPILED, PASSES
 from fxcompress.cost_model.device import PRODUCTS, DeviceProfile, Grid, device_name, versions
 
 AXES = ((1, 16, 17, 256), (64, 1024), (64, 1024))
