@@ -55,7 +55,7 @@ def relax(cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, starts: np.nda
             b_ub=values,
             bounds=[(None, None), *[(0.0, box)] * len(bounds)],
         )
-        if roof.x is None or -roof.fun - best.lowest <= CLOSE * abs(best.lowest):
+        if roof.x is None or -float(roof.fun or 0.0) - best.lowest <= CLOSE * abs(best.lowest):
             break
         multipliers = np.maximum(roof.x[1:], 0.0)
     assert best is not None
