@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fxcompress.core.budget import MORE_ERROR, Budget
 from fxcompress.core.divergence import Kind, additive, readable
@@ -48,6 +49,19 @@ def choose(table: Plan, budget: Budget) -> Plan:
         raise InfeasibleBudgetError(_range(table, groups, market, budget)) from error
     picked = tuple(g[i] for g, i in zip(groups, selection.picked))
     return replace(table, choices=picked, budget=budget, gap=selection.gap)
+
+
+def extreme(table: Plan, axis: Literal["bytes", "seconds"]) -> Plan:
+    """The plan with the least of `axis`, and of those the one of least loss; its budget says how much that is."""
+    gain = table.budget.min_gain
+    free = Budget(1.0, min_gain=gain, latency="1x" if axis == "seconds" else None)
+    groups = _groups(table, free)
+    market = _market(table, groups)
+    least = market.total(axis, select(market.items, Limits(), market.must, axis))
+    selection = _choice(market, replace(Limits(), **{axis: least * (1 + NEXT_TO_NO_TIME if axis == "seconds" else 1)}))
+    plan = replace(table, choices=tuple(g[i] for g, i in zip(groups, selection.picked)), gap=selection.gap)
+    told = {"size": f"{plan.predicted_bytes} B"} if axis == "bytes" else {"latency": f"{plan.latency:.9g} s"}
+    return replace(plan, budget=Budget(min_gain=gain, **told))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
