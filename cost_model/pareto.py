@@ -44,7 +44,7 @@ def pareto(table: Plan, sizes: int = SIZES, latencies: int = LATENCIES) -> list[
             bound = None if seconds is None else f"{seconds:.9g} s"
             with contextlib.suppress(InfeasibleBudgetError):  # a corner of the grid that nothing reaches
                 plans.append(choose(table, Budget(f"{size:.0f} B", latency=bound, min_gain=table.budget.min_gain)))
-    return front([_point(plan) for plan in plans])
+    return front([point_of(plan) for plan in plans])
 
 
 def front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
@@ -61,7 +61,8 @@ def front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
     return found
 
 
-def _point(plan: Plan) -> ParetoPoint:
+def point_of(plan: Plan) -> ParetoPoint:
+    """What a plan is predicted to be."""
     return ParetoPoint(plan.predicted_bytes, plan.latency if plan.workload else None, plan.predicted_error, plan)
 
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -27,6 +27,10 @@ from fxcompress.core.errors import PlanError
 from fxcompress.core.ties import Tie, label_of
 from fxcompress.core.units import format_bytes, format_seconds, speedup
 from fxcompress.core.workload import Workload, weighted
+
+if TYPE_CHECKING:
+    from fxcompress.cost_model.pareto import ParetoPoint
+    from fxcompress.report import Report
 
 FORMAT = 3  # 2 had no seconds, and is still read
 KEEP = "keep"
@@ -192,14 +196,31 @@ class Plan:
         )
         table = tabulate(rows, headers=heads, disable_numparse=True, colalign=("left", "left", "left", *("right",) * 4))
         seconds = _second_lines(self) if self.workload else []
-        return "\n".join([head, "", table, "", tail, *seconds, *_refusal_lines(self.refusals)])
+        return "\n".join([head, "", table, "", tail, *seconds, *refusal_lines(self.refusals)])
 
     def _why(self, kind: str, c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
         kept = next(o for o in all_of_site if o.spec == KEEP)
-        if c is not pick and self.budget.latency is not None and self.slows(kind, c, kept):
+        asked, longer = self.budget.latency is not None, self.seconds_of(c) - self.seconds_of(pick)
+        if c is not pick and asked and self.slows(kind, c, kept):
             times = f"{format_seconds(self.seconds_of(c))} a call against {format_seconds(self.seconds_of(kept))}"
             return f"slower here than the weight as it is: {times}"
-        return _why(c, pick, all_of_site, self.seconds_of(c) - self.seconds_of(pick))
+        if asked and longer > 0 and c.loss <= pick.loss and (self.budget.size is None or c.bytes <= pick.bytes):
+            return f"{format_seconds(longer)} more a call; that time saves more loss at other sites"
+        return _why(c, pick, all_of_site)
+
+    def pareto(self, sizes: int = 12, latencies: int = 4) -> list[ParetoPoint]:
+        """The best plans between small, fast and exact, from the candidates of this one (fxcompress.cost_model.pareto);
+        some tens of exact choices, each in `.plan` of a point of bytes, seconds and error."""
+        from fxcompress.cost_model.pareto import pareto
+
+        return pareto(self, sizes, latencies)
+
+    def to_html(self, report: Report | None = None) -> str:
+        """One self-contained page: the Pareto front, every site, refusals, and predicted beside measured with a report.
+        """
+        from fxcompress.html_report import html_of
+
+        return html_of(self, report)
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
@@ -283,7 +304,7 @@ def _candidate(entry: list[Any]) -> Candidate:
     return Candidate(site, spec, size, flops, error, loss, *(tuple(map(float, each)) for each in seconds))
 
 
-def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate], longer: float) -> str:
+def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
     if c is pick:
         return "chosen"
     label = label_of("units", c.spec)
@@ -296,14 +317,12 @@ def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate], longer: fl
         return f"dominated by {better.spec}"
     if label != label_of("units", pick.spec):
         return "the sites of a hidden layer keep the same units, and all together do better as chosen"
-    if longer > 0 and c.loss <= pick.loss:
-        return f"{format_seconds(longer)} more a call; that time saves more loss at other sites"
     if c.bytes > pick.bytes:
         return f"{format_bytes(c.bytes - pick.bytes)} more; those bytes save more loss at other sites"
     return f"{c.loss - pick.loss:.2g} more loss; other sites give up bytes more cheaply"
 
 
-def _refusal_lines(refusals: tuple[tuple[str, str, str], ...]) -> list[str]:
+def refusal_lines(refusals: tuple[tuple[str, str, str], ...]) -> list[str]:
     """One line a reason: the rewrites it was given for, and where. Reasons that differ in one percentage are one."""
     reasons: dict[str, dict[str, list[str]]] = {}
     shares: dict[str, list[int]] = {}
