@@ -9,9 +9,14 @@ from fxcompress.checkpoint import load, save
 from fxcompress.core.budget import Budget
 from fxcompress.core.plan import Plan
 from fxcompress.core.show import show
+from fxcompress.cost_model.device import DeviceProfile
 from fxcompress.lowering import lower
+from fxcompress.profiling import profile
 from fxcompress.report import Report
 from fxcompress.restructuring import restructure
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Plan", "Report", "compile", "load", "lottery", "lower", "restructure", "save", "show"]
+__all__ = [
+    "Budget", "DeviceProfile", "Plan", "Report", "compile", "load", "lottery", "lower", "profile", "restructure",
+    "save", "show",
+]  # fmt: skip

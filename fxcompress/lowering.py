@@ -16,16 +16,24 @@ from fxcompress.codegen.cpu.lower import lower_graph, lower_pointwise
 from fxcompress.codegen.cpu.module import LoweredModule, Target
 from fxcompress.core.errors import LoweringError
 from fxcompress.core.signature import SignedModule
+from fxcompress.cost_model.device import DeviceProfile
 from fxcompress.passes.fuse import fuse
+from fxcompress.profiling import cached
 
 
-def lower(compiled: SignedModule, to: Target = "inductor") -> LoweredModule:
+def lower(
+    compiled: SignedModule, to: Target = "inductor", *, profile: DeviceProfile | None = None
+) -> LoweredModule:
     """`compiled` (of `compile`, `restructure` or `load`) with each product on a kernel of this CPU; for inference.
 
     to: "eager" runs it node after node; "inductor" compiles what is between the products too, at the first call.
 
+    profile: what chooses between kernels where there are several (`fxcompress.profile`); by default the one that was
+        kept for this machine and number of threads, if any. Nothing is measured here.
+
     Compressed weights are multiplied in int8 by inputs rounded to 8 bits a token, kept ones in bf16, where the
-    processor has instructions for it. Raises `LoweringError`.
+    processor has instructions for it; with a profile some compressed ones for few tokens by inputs in bf16. Raises
+    `LoweringError`, and `ProfileError` for a profile of another machine.
     """
     check_target(to)
     if isinstance(compiled, LoweredModule):
@@ -38,8 +46,12 @@ def lower(compiled: SignedModule, to: Target = "inductor") -> LoweredModule:
         raise LoweringError(
             f"the module is on {', '.join(sorted(elsewhere))}, and only CPUs are lowered to; move it with .cpu() first."
         )
+    if profile is None:
+        profile = cached()
+    else:
+        profile.check_here()
     with torch.no_grad():
-        lowered = lower_graph(fuse(compiled))
+        lowered = lower_graph(fuse(compiled), profile, to)
         return LoweredModule(lower_pointwise(lowered) if to == "inductor" else lowered, to)
 
 

@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxcompress.codegen.spec import Argument, Call, Constant, given, op_of
+from fxcompress.codegen.packing import unpack
+from fxcompress.codegen.spec import Argument, Call, Constant, given, leaves, op_of
 
 _CHUNK = 4096  # rows of a table at a time: ids, codes and values of so many are in memory together
 
@@ -36,6 +38,35 @@ def arguments_of(call: Call, constants: Iterator[Tensor]) -> dict[str, Any]:
     """The constant arguments of a product, by name; its first is what it multiplies."""
     rest = list(given(call).items())[1:]
     return {name: value_of(argument, constants) for name, argument in rest}
+
+
+@dataclass(frozen=True)
+class Fours:
+    """A weight as it is stored, w = scale (code - zero): codes 0 .. 15 (out, in), scales, zeros (out, in / group)."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group: int
+
+
+def fours_of(call: Call, reads: Sequence[Tensor]) -> dict[str, Fours]:
+    """Those among the arguments of a product that are codes of 4 bits or fewer, a whole number of groups a row."""
+    constants, found = iter(reads), dict[str, Fours]()
+    for name, argument in list(given(call).items())[1:]:
+        own = iter([next(constants) for leaf in leaves([argument]) if isinstance(leaf, Constant)])
+        if not isinstance(argument, Call) or argument.name != "dequantize":
+            continue
+        a = {key: value_of(value, own) for key, value in given(argument).items()}
+        if a["bits"] > 4 or not a["group_size"] or a["columns"] % a["group_size"] or a["codes"].dim() != 2:
+            continue
+        grid, stored = a["grid"], a["scales"]
+        zeros = torch.full_like(stored, 8) if a["zeros"] is None else unpack(a["zeros"], 4, stored.shape[-1])
+        found[name] = Fours(
+            unpack(a["codes"], a["bits"], a["columns"]), torch.exp2(grid[0] + grid[1] * stored.float()),
+            zeros.float() * (2.0 ** a["bits"] / 16) - 0.5, a["group_size"],
+        )  # fmt: skip
+    return found
 
 
 def dense(name: str, arguments: Mapping[str, Any], columns: int, dtype: torch.dtype) -> Tensor:

@@ -22,8 +22,17 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from fxcompress.codegen.cpu import pointwise, products
-from fxcompress.codegen.cpu.decode import arguments_of, dense, table
-from fxcompress.codegen.cpu.rules import LEAST, Kernel, attends_in_bf16, kernel_of, stays_structured
+from fxcompress.codegen.cpu.decode import Fours, arguments_of, dense, fours_of, table
+from fxcompress.codegen.cpu.rules import (
+    LEAST,
+    Bucket,
+    Kernel,
+    attends_in_bf16,
+    is_two_products,
+    kernel_of,
+    kernels_of,
+    stays_structured,
+)
 from fxcompress.codegen.ops import GATHERED, fused
 from fxcompress.codegen.spec import (
     UNROWS,
@@ -41,6 +50,7 @@ from fxcompress.codegen.spec import (
 from fxcompress.core.modes import forget
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.surgery import attribute_of, finish
+from fxcompress.cost_model.device import DeviceProfile, Target
 
 aten = torch.ops.aten
 FUSED, PARALLEL = fused.fused._opoverload, fused.fused_parallel._opoverload
@@ -48,13 +58,15 @@ _LOOKUPS = frozenset(op._opoverload for op in GATHERED)
 _BLOCKS = ("block_low_rank_linear", "monarch_linear")  # as many multiplications as elements
 
 
-def lower_graph(gm: SignedModule) -> SignedModule:
+def lower_graph(
+    gm: SignedModule, profile: DeviceProfile | None = None, target: Target = "inductor"
+) -> SignedModule:
     """A copy of `gm` over the tensors it still reads and the packed weights, in eval mode."""
     work = gm.copy()
     forget(work.graph)
     for node in list(work.graph.nodes):
         if node.target in (FUSED, PARALLEL):
-            _Inlined(work, node).replace()
+            _Inlined(work, node, profile, target).replace()
         elif node.target in _LOOKUPS and all(n.op == "get_attr" for n in node.all_input_nodes[1:]):
             _lookup(work, node)
         elif node.target is aten.linear.default and node.args[1].op == "get_attr":
@@ -79,7 +91,8 @@ def lower_pointwise(gm: SignedModule) -> SignedModule:
 class _Inlined:
     """The steps of one fused node, written into the graph before it."""
 
-    def __init__(self, gm: SignedModule, node: fx.Node) -> None:
+    def __init__(self, gm: SignedModule, node: fx.Node, profile: DeviceProfile | None, target: Target) -> None:
+        self.profile, self.target = profile, target
         x, tensors, extras, text, *_ = node.args
         assert isinstance(x, fx.Node)
         self.gm, self.node, self.graph, self.x = gm, node, gm.graph, x
@@ -110,19 +123,21 @@ class _Inlined:
 
     def _matrices(self, call: Call, reads: Sequence[fx.Node]) -> list[Matrix]:
         """What the product multiplies by, one after the other; none where it keeps its op."""
-        arguments = arguments_of(call, iter([attribute_of(read) for read in reads]))
+        tensors = [attribute_of(read) for read in reads]
+        arguments, fours = arguments_of(call, iter(tensors)), fours_of(call, tensors)
         bias, columns = arguments.get("bias"), self._width_of(call.args[0])
         if call.name == "int8_dynamic_linear" and kernel_of(LEAST, self.dtype, True) == "int8":
             return []
         if call.name == "low_rank_linear":
             v, u = arguments["v"], arguments["u"]
-            if len(v) * (v.shape[1] + len(u)) < len(u) * v.shape[1]:
-                return [Matrix(v, None), Matrix(u, bias)]
+            if is_two_products(len(v), len(u), v.shape[1]):
+                return [Matrix(v, None, fours.get("v")), Matrix(u, bias, fours.get("u"))]
         if call.name in _BLOCKS:
             kept, rows = arguments["v"].numel() + arguments["u"].numel(), arguments["u"].shape[-2]
             if stays_structured(kept, rows, columns):
                 return []
-        return [Matrix(dense(call.name, arguments, columns, self.dtype), bias)]
+        stored = fours.get("weight") if call.name == "linear" else None
+        return [Matrix(dense(call.name, arguments, columns, self.dtype), bias, stored)]
 
     def _multiply(self, at: int, chains: Mapping[int, list[Matrix]]) -> None:
         """Carry out the product of step `at`, and every later one of the same input in the same call."""
@@ -141,7 +156,15 @@ class _Inlined:
         self.made.update(zip(group, self._product(x, [chains[i][0] for i in group]), strict=True))
 
     def _product(self, x: fx.Node, matrices: Sequence[Matrix]) -> list[fx.Node]:
-        return multiply(self.gm, x, matrices, self._kernel(matrices[0]))
+        kernel = self._kernel(matrices[0])
+        return multiply(self.gm, x, matrices, kernel, self._few(matrices) if kernel == "int8" else ())
+
+    def _few(self, matrices: Sequence[Matrix]) -> tuple[Bucket, ...]:
+        """Kernels for few tokens, of weights one below the other."""
+        rows, columns = sum(len(m.weight) for m in matrices), matrices[0].weight.shape[1]
+        groups = {m.fours.group if m.fours else None for m in matrices}
+        group = groups.pop() if len(groups) == 1 else None
+        return kernels_of(rows, columns, self.dtype, True, self.profile, group=group, target=self.target)[:-1]
 
     def _kernel(self, matrix: Matrix) -> Kernel:
         return kernel_of(matrix.weight.numel(), self.dtype, compressed=True)
@@ -213,10 +236,13 @@ class Matrix:
 
     weight: Tensor
     bias: Tensor | None
+    fours: Fours | None = None
 
 
-def multiply(gm: SignedModule, x: fx.Node, matrices: Sequence[Matrix], kernel: Kernel) -> list[fx.Node]:
-    """Insert the products of x with `matrices`, packed for `kernel`: one call if it is int8."""
+def multiply(
+    gm: SignedModule, x: fx.Node, matrices: Sequence[Matrix], kernel: Kernel, few: Sequence[Bucket] = ()
+) -> list[fx.Node]:
+    """Insert the products of x with `matrices`, packed for `kernel`: one call if it is int8; `few` as in rules.py."""
 
     def keep(tensor: Tensor | None) -> fx.Node | None:
         if tensor is None:
@@ -230,8 +256,14 @@ def multiply(gm: SignedModule, x: fx.Node, matrices: Sequence[Matrix], kernel: K
         packed = [products.rounded_rows(m.weight) for m in matrices]
         codes = keep(torch.cat([codes for codes, _, _ in packed]))
         biases = [keep(None if m.bias is None else m.bias.float()) for m in matrices]
-        args = (x, codes, [keep(s) for _, s, _ in packed], [keep(r) for _, _, r in packed], biases)
-        call = graph.call_function(products.int8_linear, args)
+        args: tuple[Any, ...] = (x, codes, [keep(s) for _, s, _ in packed], [keep(r) for _, _, r in packed], biases)
+        if few:
+            ones = keep(torch.ones(sum(len(s) for _, s, _ in packed), dtype=torch.bfloat16))
+            stored = [m.fours for m in matrices if m.fours] if any(b.kernel == "int4_weight" for b in few) else []
+            four = tuple(map(keep, products.packed_fours(*_joined(stored)))) if stored else ()
+            buckets = [(b.kernel, b.tokens) for b in few]
+            args = (*args, buckets, ones, (*four, stored[0].group) if stored else None)
+        call = graph.call_function(products.bucketed_linear if few else products.int8_linear, args)
         return [graph.call_function(operator.getitem, (call, i)) for i in range(len(matrices))]
     outputs = []
     for m in matrices:
@@ -241,6 +273,11 @@ def multiply(gm: SignedModule, x: fx.Node, matrices: Sequence[Matrix], kernel: K
         else:
             outputs.append(graph.call_function(aten.linear.default, (x, keep(m.weight), keep(m.bias))))
     return outputs
+
+
+def _joined(stored: Sequence[Fours]) -> tuple[Tensor, ...]:
+    """Codes, scales and zeros of weights one below the other."""
+    return tuple(torch.cat(parts) for parts in zip(*((f.codes, f.scales, f.zeros) for f in stored)))
 
 
 def _kept(gm: SignedModule, node: fx.Node) -> None:

@@ -8,15 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.core.signature import Signature, SignedModule
-
-Target = Literal["eager", "inductor"]
+from fxcompress.cost_model.device import Target as Target
 
 
 def _of_inputs(guards: Sequence[Any]) -> list[bool]:
@@ -43,6 +42,7 @@ class LoweredModule(nn.Module):
     def __init__(self, graph_module: SignedModule, to: Target) -> None:
         super().__init__()
         self.graph_module = graph_module
+        self.target: Target = to
         flat = graph_module.copy().graph
         flat.set_codegen(fx.graph.CodeGen())  # flat inputs, a flat tuple of outputs
         self._flat = fx.GraphModule(graph_module, flat)

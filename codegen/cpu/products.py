@@ -9,10 +9,17 @@ int8, for x (tokens, in) and W ~ s C, C int8 (out, in), s (out,), the range of e
 q C^T is exact in int32 (in < 2^17). One-sided inputs, as behind a GELU, keep all 8 bits; an offset that is no integer
 costs nothing, since r takes it out of the sum. |x - (t q + o)| <= t / 2.
 
+Weight-only, x rounded to bf16 and the weight's codes as they are, for few tokens (fxcompress.codegen.cpu.rules):
+
+    int8    y = s (x C^T) + b        the C of above
+    int4    y = x W^T + b            W = s4 (c - 8) + z4, codes c of 4 bits; s4 and z4 of a group of columns, in bf16
+
 A table is kept in int8 with a scale for GROUP columns of a row; a lookup reads the rows asked for.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +41,40 @@ def int8_linear(
         y = y if b is None else y + b
         outputs.append(y.to(x.dtype).reshape(*x.shape[:-1], len(s)))
     return outputs
+
+
+def bucketed_linear(
+    x: Tensor, codes: Tensor, scales: list[Tensor], sums: list[Tensor], biases: list[Tensor | None],
+    buckets: list[tuple[str, int]], ones: Tensor, four: tuple[Tensor, Tensor, int] | None,
+) -> list[Tensor]:  # fmt: skip
+    """`int8_linear`, but for numbers of tokens up to those of `buckets`: there the kernel that each names.
+
+    NOTE: the branch is Python's, so it is a guard of Dynamo, and one compilation for every bucket that is met.
+    """
+    tokens = math.prod(x.shape[:-1])
+    kernel = next((name for name, most in buckets if tokens <= most), "int8")
+    if kernel == "int8":
+        return int8_linear(x, codes, scales, sums, biases)
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    if kernel == "int4_weight":
+        assert four is not None
+        packed, scales_and_zeros, group = four
+        total = torch._weight_int4pack_mm_for_cpu(rows, packed, group, scales_and_zeros)
+    else:  # the kernel wants scales in bf16: they stay in float32 and are applied below
+        total = torch._weight_int8pack_mm(rows, codes, ones)
+    outputs = []
+    for part, s, b in zip(torch.split(total, [len(s) for s in scales], 1), scales, biases):
+        y = part.float() if kernel == "int4_weight" else part.float() * s
+        y = y if b is None else y + b
+        outputs.append(y.to(x.dtype).reshape(*x.shape[:-1], len(s)))
+    return outputs
+
+
+def packed_fours(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes 0 .. 15 (out, in), w = scale (c - zero), both (out, groups) -> what the int4 kernel reads."""
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    middle = scales.float() * (8 - zeros.float())
+    return packed, torch.stack([scales.float(), middle], -1).transpose(0, 1).contiguous().to(torch.bfloat16)
 
 
 def rounded_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,15 @@
-"""Which kernel multiplies by a weight: one static rule, where a table of measured seconds can take its place.
+"""Which kernel multiplies by a weight: a static rule, and a profile of measured seconds that amends it.
 
-    int8     compressed weights: oneDNN's int8 product, on processors with VNNI
-    bf16     weights the plan kept, where the processor multiplies bf16: they were to stay (nearly) what they are
-    float    everything else: small weights, float64, processors without either
+    int8           compressed weights: oneDNN's int8 product, on processors with VNNI
+    int8_weight    the same codes, inputs in bf16: where the profile says so, for some numbers of tokens
+    int4_weight    codes of 4 bits or fewer as they are stored, inputs in bf16: likewise
+    bf16           weights the plan kept, where the processor multiplies bf16: they were to stay (nearly) what they are
+    float          everything else: small weights, float64, processors without either
+
+A product has three kernels at most: for one token, for a few, for more. "A few" ends at one of FEW, the same few
+numbers for all products of a model, since Inductor compiles the model anew for each that is met. For large weights and
+2 to 16 tokens oneDNN reorders the weight on every call: 4096 x 4096 by 4 tokens takes 2964 us in int8 and 865 us in
+int8_weight, by one token 163 and 430 (2 threads of a Zen 4 EPYC, 2026-11-21).
 
 MiniLM's products on 2 cores of a Zen 4 EPYC (AVX-512 with VNNI and bf16), 2026-11-21, one thread, 1024 tokens: int8
 427 Gop/s, bf16 (packed) 209, of 474 and 237 that the instructions allow at 3.7 GHz. At 16 tokens 270 to 310 against
@@ -11,13 +18,20 @@ MiniLM's products on 2 cores of a Zen 4 EPYC (AVX-512 with VNNI and bf16), 2026-
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-Kernel = Literal["int8", "bf16", "float"]
+from fxcompress.cost_model.device import DeviceProfile, Target
+
+Kernel = Literal["int8", "int8_weight", "int4_weight", "bf16", "float"]
 LEAST = 1 << 14  # elements: a product with fewer is a launch, whatever its dtype; classifiers stay exact
 POSITIONS = 512
+FEW = (4, 16, 64)  # tokens
+WINS = 0.9  # of the seconds of int8: another kernel is another branch, and another compilation
+GROUPS = (32, 64, 128, 256)  # columns of a scale that the int4 kernel knows
+_MORE = {4: (2, 4), 16: (2, 4, 8, 16), 64: (2, 4, 8, 16, 32, 64)}  # tokens at which "a few" is judged
 STRUCTURE = 4  # int8 is at least so much faster than float32 (427 against 105 Gop/s)
 
 
@@ -28,6 +42,64 @@ def kernel_of(elements: int, dtype: torch.dtype, compressed: bool) -> Kernel:
     if compressed and torch.cpu._is_vnni_supported():  # without it oneDNN's int8 saturates in 16 bits
         return "int8"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "float"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """`kernel` for up to `tokens` tokens; None: for any number of them."""
+
+    kernel: Kernel
+    tokens: int | None
+
+
+def kernels_of(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    compressed: bool,
+    profile: DeviceProfile | None = None,
+    *,
+    group: int | None = None,
+    target: Target = "inductor",
+) -> tuple[Bucket, ...]:
+    """By growing numbers of tokens. group: columns of a scale, where the weight is stored in 4 bits or fewer."""
+    static = kernel_of(rows * columns, dtype, compressed)
+    if profile is None or static != "int8":
+        return (Bucket(static, None),)
+    weight_only: tuple[Kernel, ...] = ("int8_weight",)
+    if group in GROUPS and columns % group == 0 and rows % 64 == 0:
+        weight_only = (*weight_only, "int4_weight")
+
+    def seconds(kernel: Kernel, tokens: tuple[int, ...]) -> float:
+        # streamed: where bytes of the weight matter, the model is larger than the caches
+        return sum(
+            profile.product_seconds(kernel, t, rows, columns, target=target, working_set=4 * profile.cache_bytes)
+            / profile.product_seconds("int8", t, rows, columns, target=target, working_set=4 * profile.cache_bytes)
+            for t in tokens
+        )
+
+    def best(tokens: tuple[int, ...]) -> Kernel:
+        other = min(weight_only, key=lambda kernel: seconds(kernel, tokens))
+        return other if seconds(other, tokens) < WINS * len(tokens) else "int8"
+
+    found = [Bucket(best((1,)), 1)]
+    few = {most: best(_MORE[most]) for most in FEW}
+    gains = {most: len(_MORE[most]) - seconds(kernel, _MORE[most]) for most, kernel in few.items() if kernel != "int8"}
+    if gains:
+        most = max(gains, key=lambda m: gains[m])
+        found.append(Bucket(few[most], most))
+    found.append(Bucket("int8", None))
+    return tuple(b for b, after in zip(found, [*found[1:], None]) if after is None or after.kernel != b.kernel)
+
+
+def kernel_at(buckets: tuple[Bucket, ...], tokens: float) -> Kernel:
+    """The one that runs."""
+    return next(b.kernel for b in buckets if b.tokens is None or tokens <= b.tokens)
+
+
+def is_two_products(rank: int, rows: int, columns: int) -> bool:
+    """True if low rank is fewer multiplications than its dense matrix."""
+    return rank * (rows + columns) < rows * columns
 
 
 def attends_in_bf16(dtype: torch.dtype) -> bool:

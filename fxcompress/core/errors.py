@@ -53,3 +53,7 @@ class LoweringError(FxcompressError, ValueError):
 
 class KernelError(FxcompressError):
     """A kernel that cannot be built here, or is not what it should be."""
+
+
+class ProfileError(FxcompressError, ValueError):
+    """A profile of a device that is not whole, or of another device, number of threads or version."""

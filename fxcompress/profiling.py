@@ -1,0 +1,156 @@
+"""profile: what this machine's kernels take, measured once and kept; here(): the profile of this very machine.
+
+    profile = fxcompress.profile()               # two minutes; afterwards `lower` and latency budgets know this machine
+    profile.product_seconds("int8", tokens=16, rows=1536, columns=384)
+
+Kept in $FXCOMPRESS_CACHE/profiles, or ~/.cache/fxcompress/profiles, one file for each processor, number of threads and
+version of torch. Nothing measures by itself but `profile`, and `here` where a latency is asked of an unknown machine.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fxcompress.codegen.cpu import measure
+from fxcompress.codegen.cpu.measure import Sizes
+from fxcompress.codegen.triton.build import cache_folder, write_whole
+from fxcompress.core.errors import ProfileError
+from fxcompress.cost_model.device import DeviceProfile, Grid, device_name, file_name, versions
+
+log = logging.getLogger("fxcompress.profiling")
+
+SHIPPED = Path(__file__).parent / "cost_model" / "profiles"
+CHECKS = 60  # shapes off the grid on which a profile is judged
+
+
+def profile(progress: bool = True, *, sizes: Sizes | None = None, keep: bool = True) -> DeviceProfile:
+    """Measure this machine with the current number of threads, in about two minutes.
+
+    keep: write it to the cache, where `lower` and `here` find it.
+    """
+    with _undisturbed():
+        made = _measured(sizes or Sizes(), progress)
+    if keep:
+        write_whole(cached_path(), made.text())
+    return made
+
+
+def here() -> DeviceProfile:
+    """The kept profile of this machine and number of threads; measured now if there is none."""
+    return cached() or profile()
+
+
+def cached() -> DeviceProfile | None:
+    """The kept profile of this machine, or the one that is shipped for it. A damaged file is named and left out."""
+    for path in (cached_path(), SHIPPED / cached_path().name):
+        if path.is_file():
+            try:
+                found = DeviceProfile.load(path)
+                found.check_here()
+            except ProfileError as error:
+                log.warning("%s is not used: %s", path, error)
+                continue
+            return found
+    return None
+
+
+def cached_path() -> Path:
+    """Where the profile of this machine is kept."""
+    return cache_folder() / "profiles" / f"{file_name(device_name(), torch.get_num_threads(), versions())}.json"
+
+
+def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
+    names, flush = measure.kernels(), measure.flusher()
+    passes, compiled = list(measure.PASSES), list(measure.COMPILED)
+    total = measure.ROUNDS * (len(names) + len(passes) + len(measure.ATTENTION)) + len(compiled) + 3
+    with tqdm(total=total, desc="profile", unit="table", disable=not progress, leave=False, mininterval=0) as bar:
+
+        def told(name: str, run: Callable[[], Any]) -> Any:
+            bar.set_postfix_str(name)
+            found = run()
+            bar.update()
+            return found
+
+        overheads: dict[str, float] = told("overheads", measure.overheads)
+        products: dict[str, tuple[Grid, Grid]] = {}
+        alone: dict[str, Grid] = {}
+        attention: dict[str, Grid] = {}
+        for _ in range(measure.ROUNDS):
+            for name in names:
+                pair = told(name, partial(measure.product_grids, name, sizes, flush))
+                before = products.get(name, pair)
+                products[name] = _least(before[0], pair[0]), _least(before[1], pair[1])
+            for name in passes:
+                run, given = measure.PASSES[name]
+                grid = told(name, partial(measure.pass_grid, run, given, sizes))
+                alone[f"eager.{name}"] = _least(alone.get(f"eager.{name}", grid), grid)
+            for name in measure.ATTENTION:
+                grid = told(name, partial(measure.attention_grid, name, sizes))
+                attention[name] = _least(attention.get(name, grid), grid)
+        for name in compiled:
+            run, given = measure.COMPILED[name]
+            loop, less = measure.compiled(run), overheads["inductor.alone"]
+            told(name, partial(loop, *given(8, 64)))
+            alone[f"inductor.{name}"] = measure.pass_grid(loop, given, sizes, less)
+        fused = told("fused", lambda: _fused(alone, sizes, overheads["inductor.alone"]))
+        made = DeviceProfile(
+            device_name(), torch.get_num_threads(), versions(), datetime.date.today().isoformat(),
+            measure.cache_bytes(), products, alone, attention, overheads, fused, (0.0, 0.0),
+        )  # fmt: skip
+        return replace(made, error=told("its own error", lambda: _judged(made, sizes)))
+
+
+def _least(one: Grid, other: Grid) -> Grid:
+    """Of two rounds, place by place."""
+    pairs = zip(one.seconds, other.seconds, strict=True)
+    return Grid(one.axes, tuple(b if a is None else a if b is None else min(a, b) for a, b in pairs))
+
+
+def _fused(alone: dict[str, Grid], sizes: Sizes, less: float) -> float:
+    """Seconds of passes in one loop over those of the same passes alone: median over groups and sizes."""
+    shares = []
+    for run, names, given in measure.FUSED:
+        loop = measure.compiled(run)
+        for rows, columns in ((sizes.rows[-2], sizes.columns[-2]), (sizes.rows[-3], sizes.columns[-1])):
+            tensors = given(rows, columns)
+            together = measure.seconds_of_calls([partial(loop, *tensors)]) - less
+            shares.append(together / sum(alone[f"inductor.{name}"].at(rows, columns) for name in names))
+    return min(max(statistics.median(shares), 0.1), 1.0)
+
+
+def _judged(made: DeviceProfile, sizes: Sizes) -> tuple[float, float]:
+    """Median and 90th percentile of |predicted / measured - 1| over products of random sizes off the grid."""
+    dice, off = random.Random(0), []
+    largest = sizes.features[-1] // 64
+    for at in range(CHECKS):
+        name = measure.kernels()[at % len(measure.kernels())]
+        rows, columns = (64 * round(largest ** dice.random()) for _ in range(2))
+        tokens = round(min(sizes.tokens[-1], 512) ** dice.random())
+        found = measure.product_seconds(name, tokens, rows, columns)
+        off.append(abs(made.products[name][0].at(tokens, rows, columns) / found - 1))
+    off.sort()
+    return statistics.median(off), off[int(0.9 * (len(off) - 1))]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The caller's random numbers, threads and compiled functions are as before."""
+    rng, threads = torch.get_rng_state(), torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_rng_state(rng)
+        torch.set_num_threads(threads)
