@@ -116,7 +116,8 @@ def _measured(report: Report, error: str) -> str:
         [(name, None), (predicted, None), (found, None), (off, None)] for name, predicted, found, off in report.rows()
     ]
     note = f"error measured on {report.measured_on()}{report.lowered_how()}".replace("\n", "; ")
-    return _table("measured", ["", "predicted", "measured", "off by"], rows, texts=(0,)) + f'<p class="note">{escape(note)}</p>'
+    table = _table("measured", ["", "predicted", "measured", "off by"], rows, texts=(0,))
+    return table + f'<p class="note">{escape(note)}</p>'
 
 
 def _sites(plan: Plan, report: Report | None) -> str:

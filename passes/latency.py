@@ -13,8 +13,8 @@ once; here each pays for its own, so plans with many of them are a little faster
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -48,6 +48,7 @@ class Pricing:
     workload: tuple[Workload, ...]
     sizes: tuple[Mapping[str, int], ...]
     elements: float  # of all weights that are multiplied: they pass through the cache between two calls of a product
+    _known: dict[Hashable, float] = field(default_factory=dict, repr=False)  # of a chain: layers repeat their shapes
 
     @classmethod
     def of(cls, gm: SignedModule, workload: Sequence[Workload], profile: DeviceProfile, target: Target) -> Pricing:
@@ -71,16 +72,19 @@ class Pricing:
             return self._convolution(recipe, site, tokens)
         if (multiplications := _structured(recipe, site)) is not None:
             return self._floats(tokens, site, multiplications)
-        products = products_of(recipe, site)
-        return chain_seconds(
-            products,
-            tokens,
-            self.profile,
-            target=self.target,
-            dtype=site.weight.dtype,
-            groups=[group_of(recipe.storage)] * len(products),
-            working_set=self.elements * (2 if recipe.is_keep else 1),  # if all were kept in bf16, or all in int8
-        )
+        products, group, kept = products_of(recipe, site), group_of(recipe.storage), recipe.is_keep
+        key = tokens, products, group, kept, site.weight.dtype
+        if key not in self._known:
+            self._known[key] = chain_seconds(
+                products,
+                tokens,
+                self.profile,
+                target=self.target,
+                dtype=site.weight.dtype,
+                groups=[group] * len(products),
+                working_set=self.elements * (2 if kept else 1),  # if all were kept in bf16, or all in int8
+            )
+        return self._known[key]
 
     def _lookup(self, recipe: Recipe, site: Site, ids: float) -> float:
         if not recipe.is_keep and recipe.structure.name == LowRank.name:  # rows of U, then a product
@@ -136,17 +140,17 @@ def _total(gm: SignedModule, pricing: Pricing, sizes: Mapping[str, int]) -> floa
     return float(seconds_of(gm, pricing.profile, sizes, pricing.target).total)
 
 
-def products_of(recipe: Recipe, site: Site) -> list[tuple[int, int, bool]]:
+def products_of(recipe: Recipe, site: Site) -> tuple[tuple[int, int, bool], ...]:
     """(rows, columns, compressed) of the products that `lower` makes of the site's, one after the other."""
     structure = recipe.structure
     if isinstance(structure, HiddenUnits):  # a dense weight of what is left
         rows, columns = structure.matrices(site)["weight"]
-        return [(rows, columns, recipe.storage is not None)]
+        return ((rows, columns, recipe.storage is not None),)
     if structure.name == LowRank.name:
         rank, _ = structure.matrices(site)["v"]
         if is_two_products(rank, site.rows, site.columns):
-            return [(rank, site.columns, True), (site.rows, rank, True)]
-    return [(site.rows, site.columns, not recipe.is_keep)]
+            return (rank, site.columns, True), (site.rows, rank, True)
+    return ((site.rows, site.columns, not recipe.is_keep),)
 
 
 def group_of(storage: Storage | None) -> int | None:
