@@ -29,7 +29,8 @@ from fxcompress.cost_model.relaxation import relax
 Axis = Literal["bytes", "loss", "flops", "seconds"]
 AXES: tuple[Axis, ...] = ("bytes", "loss", "flops", "seconds")
 GAP = 1e-6
-CORE = 400  # items beyond one a site, those of least reduced cost, among which the optimum nearly always lies
+MANY, GAP_OF_MANY = 20_000, 5e-5  # of more items than that, a gap proven in a second or two: prices are far less exact
+CORES = (1500, 8000)  # items beyond one a site, those of least reduced cost, among which the optimum nearly always lies
 ROUNDING = 1e-12  # of sums in float64
 TOLERANCE = 1e-6  # HiGHS's own, of a bound in units near 1
 
@@ -93,21 +94,23 @@ def select(
     every = _table(sites, limits, ties, goal)
     relaxed = relax(every.cost, every.rows, every.bounds, every.starts)
     tied = np.isin(every.site, [site for tie in ties for site in tie])
-    narrow = tied | (relaxed.reduced <= np.partition(relaxed.reduced, k := min(len(sites) + CORE, len(tied)) - 1)[k])
-    found = _solve(every, narrow, ties)
-    if found is None:
-        found = _solve(every, np.ones(len(tied), dtype=bool), ties)
+    enough = GAP if len(tied) <= MANY else GAP_OF_MANY
+    order = np.sort(relaxed.reduced)
+    open_ = np.ones(len(tied), dtype=bool)
+    for core in CORES:
+        narrow = open_ & (tied | (relaxed.reduced <= order[min(len(sites) + core, len(tied)) - 1]))
+        found = _solve(every, narrow, ties, enough)
         if found is None:
-            raise InfeasibleBudgetError("no choice of rewrites meets every bound")
-        return Selection(every.picked(found.chosen), found.gap)
-    gap = max(0.0, found.cost - relaxed.lowest) / max(abs(found.cost), 1e-300)
-    if gap <= GAP:
-        return Selection(every.picked(found.chosen), gap)
-    slack = ROUNDING * (abs(relaxed.lowest) + abs(found.cost) + float(np.abs(every.cost).max()))
-    left = relaxed.lowest + relaxed.reduced <= found.cost + slack  # what is not can be in no better choice
-    if (left & ~narrow).any():
-        found = _solve(every, left, ties) or found
-    return Selection(every.picked(found.chosen), min(gap, found.gap))
+            continue
+        gap = max(0.0, found.cost - relaxed.lowest) / max(abs(found.cost), 1e-300)
+        slack = ROUNDING * (abs(relaxed.lowest) + abs(found.cost) + float(np.abs(every.cost).max()))
+        open_ &= relaxed.lowest + relaxed.reduced <= found.cost + slack  # what is not can be in no better choice
+        if gap <= enough or not (open_ & ~narrow).any():
+            return Selection(every.picked(found.chosen), min(gap, found.gap))
+    found = _solve(every, open_, ties, enough)
+    if found is None:
+        raise InfeasibleBudgetError("no choice of rewrites meets every bound")
+    return Selection(every.picked(found.chosen), found.gap)
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _front(values: np.ndarray, labels: Sequence[Sequence[str]]) -> list[int]:
     return sorted(mine[k] for mine in classes.values() for k in _undominated(values[mine]))
 
 
-def _solve(every: _Table, open_: np.ndarray, ties: Sequence[Tie]) -> _Solution | None:
+def _solve(every: _Table, open_: np.ndarray, ties: Sequence[Tie], gap: float) -> _Solution | None:
     """The best choice of the items that are `open_`; None where there is none."""
     at = np.flatnonzero(open_)
     site, cost, rows = every.site[at], every.cost[at], every.rows[:, at]
@@ -190,7 +193,7 @@ def _solve(every: _Table, open_: np.ndarray, ties: Sequence[Tie]) -> _Solution |
             constraints=constraints,
             integrality=np.ones(len(free), dtype=np.int64),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": GAP},
+            options={"mip_rel_gap": gap},
         )
     if solved.x is None:
         return None

@@ -74,13 +74,13 @@ def solved(seed, kind, with_ties):
     return sites, limits, ties(sites, rng) if with_ties else [], goal
 
 
-@pytest.mark.parametrize("core", [0, 10, 400])
+@pytest.mark.parametrize("cores", [(0,), (10, 30), (1500, 8000)])
 @pytest.mark.parametrize("with_ties", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(8))
-def test_the_choice_is_cp_sat_s(seed, kind, with_ties, core, monkeypatch):
-    """core: how many items the first solve looks at; with none it misses, and the bounds must find the rest."""
-    monkeypatch.setattr(knapsack, "CORE", core)
+def test_the_choice_is_cp_sat_s(seed, kind, with_ties, cores, monkeypatch):
+    """cores: how many items the first solves look at; with none they miss, and the bounds must find the rest."""
+    monkeypatch.setattr(knapsack, "CORES", cores)
     sites, limits, tied, goal = solved(seed, kind, with_ties)
     best = by_cp_sat(sites, limits, tied, goal)
     if best is None:
