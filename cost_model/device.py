@@ -10,7 +10,7 @@ Beyond the largest size of an axis, seconds grow with that size (by rate); below
     passes       what stands between products, over (rows, columns), for each target: "eager.add", "inductor.norm"
     attention    over (batch x heads, positions, size of a head)
     overheads    seconds of a call of the module, of a node, of a kernel, for each target
-    fused        what passes take in one compiled loop, over the sum of them alone: cache instead of memory between them
+    fused        what passes take in one compiled loop, over the sum of them alone, by elements: what is not written
 
 A profile knows its own error: median and 90th percentile of |predicted / measured - 1| on shapes off the grid.
 """
@@ -102,7 +102,7 @@ class DeviceProfile:
     passes: Mapping[str, Grid]
     attention: Mapping[str, Grid]
     overheads: Mapping[str, float]
-    fused: float
+    fused: Grid
     error: tuple[float, float]
 
     def bare_seconds(
@@ -129,7 +129,9 @@ class DeviceProfile:
 
     def pass_seconds(self, name: str, rows: float, columns: float, target: Target) -> float:
         """Of one pass: alone, with its dispatch, in eager; its share of a fused loop, without the launch, compiled."""
-        return self.passes[f"{target}.{name}"].at(rows, columns) * (1.0 if target == "eager" else self.fused)
+        return self.passes[f"{target}.{name}"].at(rows, columns) * (
+            1.0 if target == "eager" else self.fused.at(min(rows * columns, self.fused.axes[0][-1]))
+        )
 
     def attention_seconds(self, name: str, heads: float, positions: float, size: float) -> float:
         """Of attention of (batch x heads, positions, size)."""
@@ -158,12 +160,13 @@ class DeviceProfile:
                     f"this profile has format {data['format']}, and {FORMAT} is read; run fxcompress profile."
                 )
             return DeviceProfile(
-                **{key: data[key] for key in ("device", "threads", "date", "cache_bytes", "fused")},
+                **{key: data[key] for key in ("device", "threads", "date", "cache_bytes")},
                 versions=dict(data["versions"]),
                 products={name: (_grid(c), _grid(s)) for name, (c, s) in data["products"].items()},
                 passes={name: _grid(g) for name, g in data["passes"].items()},
                 attention={name: _grid(g) for name, g in data["attention"].items()},
                 overheads=dict(data["overheads"]),
+                fused=_grid(data["fused"]),
                 error=(data["error"][0], data["error"][1]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

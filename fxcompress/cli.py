@@ -7,6 +7,7 @@
     fxcompress inspect ./my-bert-4x --cost --at s0=8,s1=128
     fxcompress kernels --arch 90
     fxcompress tune ./my-bert-4x
+    fxcompress profile
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from fxcompress import __version__
+from fxcompress import __version__, profiling
 from fxcompress.api import compile, plan_only
 from fxcompress.checkpoint import load, refuse_existing, save
 from fxcompress.codegen.costs import cost_of
@@ -195,6 +196,15 @@ def _seed(options: argparse.Namespace, entries: Any) -> None:
     print(json.dumps(seed.table(found, options.arch, triton.__version__), indent=1, sort_keys=True))
 
 
+def _profile(options: argparse.Namespace) -> None:
+    made = profiling.profile(progress=not options.quiet)
+    path = profiling.cached_path()
+    if options.out:
+        made.save(options.out)
+        path = Path(options.out)
+    _print(options, made.to_json(), f"{profiling.table(made)}\n\nwritten to {path}")
+
+
 def _calibration(options: argparse.Namespace, model: Any) -> Any:
     if options.calibration is None:
         print(
@@ -234,6 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--seed", action="store_true", help="without a GPU: predict a table for all kinds, and print it")
     tune.add_argument("--arch", type=int, default=90, help="of --seed: compute capability (default 90)")
     tune.add_argument("--quiet", action="store_true", help="no progress bars")
+    profile = command("profile", _profile, "measure this machine's kernels, in two minutes, for `lower` and latencies")
+    profile.add_argument("--out", metavar="FILE", help="also write the profile here, as JSON")
+    profile.add_argument("--quiet", action="store_true", help="no progress bar")
     for sub in (compress, plan):
         sub.add_argument("model", metavar="MODEL_DIR", help="folder written by save_pretrained, with its tokenizer")
         sub.add_argument("--budget", help='size: "4x", "25%%", "12 MB" (default 4x, or free where --latency is given)')

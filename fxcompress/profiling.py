@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from tqdm import tqdm
 
 from fxcompress.codegen.cpu import measure
 from fxcompress.codegen.cpu.measure import Sizes
 from fxcompress.codegen.triton.build import cache_folder, write_whole
 from fxcompress.core.errors import ProfileError
-from fxcompress.cost_model.device import DeviceProfile, Grid, device_name, file_name, versions
+from fxcompress.cost_model.device import PRODUCTS, DeviceProfile, Grid, device_name, file_name, versions
 
 log = logging.getLogger("fxcompress.profiling")
 
@@ -71,10 +72,38 @@ def cached_path() -> Path:
     return cache_folder() / "profiles" / f"{file_name(device_name(), torch.get_num_threads(), versions())}.json"
 
 
+def table(profile: DeviceProfile) -> str:
+    """Microseconds of products of some sizes, and how far off the profile is."""
+    rows = []
+    for n, k, tokens in ((384, 384, 16), (768, 768, 1), (768, 3072, 128), (3072, 768, 128), (4096, 4096, 1)):
+        found = [
+            profile.bare_seconds(kernel, tokens, n, k) if kernel in profile.products else None for kernel in PRODUCTS
+        ]
+        rows.append((f"{n} x {k}", tokens, *("-" if s is None else f"{s * 1e6:,.0f}" for s in found)))
+    heads = ["weight", "tokens", *(f"{kernel}" for kernel in PRODUCTS)]
+    told = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
+    middle, tail = profile.error
+
+    def told_us(name: str) -> str:
+        return f"{profile.overheads[name] * 1e6:.1f} us"
+
+    return "\n".join([
+        f"{profile.device}, {profile.threads} threads, {told}, {profile.date}",
+        "",
+        "microseconds of a product, its weight in the cache",
+        tabulate(rows, headers=heads, disable_numparse=True, colalign=("left", *["right"] * (len(heads) - 1))),
+        "",
+        f"a call of a module {told_us('eager.call')} in eager, {told_us('inductor.call')} compiled; "
+        f"a view {told_us('eager.view')}",
+        f"own error, products of sizes not measured: median {middle:.0%}, 90th percentile {tail:.0%}",
+    ])  # fmt: skip
+
+
 def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
-    names, flush = measure.kernels(), measure.flusher()
+    names, between = measure.kernels(), measure.Between()
     passes, compiled = list(measure.PASSES), list(measure.COMPILED)
     total = measure.ROUNDS * (len(names) + len(passes) + len(measure.ATTENTION)) + len(compiled) + 3
+    several = replace(sizes, rows=sizes.looped)
     with tqdm(total=total, desc="profile", unit="table", disable=not progress, leave=False, mininterval=0) as bar:
 
         def told(name: str, run: Callable[[], Any]) -> Any:
@@ -83,33 +112,33 @@ def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
             bar.update()
             return found
 
-        overheads: dict[str, float] = told("overheads", measure.overheads)
+        overheads: dict[str, float] = told("overheads", partial(measure.overheads, between))
         products: dict[str, tuple[Grid, Grid]] = {}
         alone: dict[str, Grid] = {}
         attention: dict[str, Grid] = {}
         for _ in range(measure.ROUNDS):
             for name in names:
-                pair = told(name, partial(measure.product_grids, name, sizes, flush))
+                pair = told(name, partial(measure.product_grids, name, sizes, between))
                 before = products.get(name, pair)
                 products[name] = _least(before[0], pair[0]), _least(before[1], pair[1])
             for name in passes:
                 run, given = measure.PASSES[name]
-                grid = told(name, partial(measure.pass_grid, run, given, sizes))
+                grid = told(name, partial(measure.pass_grid, run, given, sizes, between))
                 alone[f"eager.{name}"] = _least(alone.get(f"eager.{name}", grid), grid)
             for name in measure.ATTENTION:
-                grid = told(name, partial(measure.attention_grid, name, sizes))
+                grid = told(name, partial(measure.attention_grid, name, sizes, between))
                 attention[name] = _least(attention.get(name, grid), grid)
         for name in compiled:
             run, given = measure.COMPILED[name]
             loop, less = measure.compiled(run), overheads["inductor.alone"]
             told(name, partial(loop, *given(8, 64)))
-            alone[f"inductor.{name}"] = measure.pass_grid(loop, given, sizes, less)
-        fused = told("fused", lambda: _fused(alone, sizes, overheads["inductor.alone"]))
+            alone[f"inductor.{name}"] = measure.pass_grid(loop, given, several, between, less)
+        fused = told("fused", partial(_fused, alone, several, between, overheads["inductor.alone"]))
         made = DeviceProfile(
             device_name(), torch.get_num_threads(), versions(), datetime.date.today().isoformat(),
             measure.cache_bytes(), products, alone, attention, overheads, fused, (0.0, 0.0),
         )  # fmt: skip
-        return replace(made, error=told("its own error", lambda: _judged(made, sizes)))
+        return replace(made, error=told("its own error", partial(_judged, made, sizes, between)))
 
 
 def _least(one: Grid, other: Grid) -> Grid:
@@ -118,19 +147,21 @@ def _least(one: Grid, other: Grid) -> Grid:
     return Grid(one.axes, tuple(b if a is None else a if b is None else min(a, b) for a, b in pairs))
 
 
-def _fused(alone: dict[str, Grid], sizes: Sizes, less: float) -> float:
-    """Seconds of passes in one loop over those of the same passes alone: median over groups and sizes."""
-    shares = []
-    for run, names, given in measure.FUSED:
-        loop = measure.compiled(run)
-        for rows, columns in ((sizes.rows[-2], sizes.columns[-2]), (sizes.rows[-3], sizes.columns[-1])):
-            tensors = given(rows, columns)
-            together = measure.seconds_of_calls([partial(loop, *tensors)]) - less
+def _fused(alone: dict[str, Grid], sizes: Sizes, between: measure.Between, less: float) -> Grid:
+    """Seconds of passes in one loop over those of the same passes alone, by elements: the mean of groups."""
+    elements, columns = tuple(sorted({r * sizes.columns[1] for r in sizes.rows})), sizes.columns[1]
+    found = []
+    loops = [(measure.compiled(run), names, given) for run, names, given in measure.FUSED]
+    for rows in sizes.rows:
+        shares = []
+        for loop, names, given in loops:
+            together = measure.seconds_of_calls([partial(loop, *given(rows, columns))], between) - less
             shares.append(together / sum(alone[f"inductor.{name}"].at(rows, columns) for name in names))
-    return min(max(statistics.median(shares), 0.1), 1.0)
+        found.append(min(max(statistics.mean(shares), 0.1), 1.0))
+    return Grid((elements,), tuple(found))
 
 
-def _judged(made: DeviceProfile, sizes: Sizes) -> tuple[float, float]:
+def _judged(made: DeviceProfile, sizes: Sizes, between: measure.Between) -> tuple[float, float]:
     """Median and 90th percentile of |predicted / measured - 1| over products of random sizes off the grid."""
     dice, off = random.Random(0), []
     largest = sizes.features[-1] // 64
@@ -138,7 +169,7 @@ def _judged(made: DeviceProfile, sizes: Sizes) -> tuple[float, float]:
         name = measure.kernels()[at % len(measure.kernels())]
         rows, columns = (64 * round(largest ** dice.random()) for _ in range(2))
         tokens = round(min(sizes.tokens[-1], 512) ** dice.random())
-        found = measure.product_seconds(name, tokens, rows, columns)
+        found = measure.product_seconds(name, tokens, rows, columns, between)
         off.append(abs(made.products[name][0].at(tokens, rows, columns) / found - 1))
     off.sort()
     return statistics.median(off), off[int(0.9 * (len(off) - 1))]

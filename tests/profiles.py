@@ -36,8 +36,9 @@ def profile(**rates):
         },
         attention={name: grid((TOKENS, TOKENS, (16, 64)), lambda h, p, s: 1e-6 + 4 * h * p * p * s / 1e11)
                    for name in ATTENTION},
-        overheads={"eager.call": 2e-5, "inductor.call": 2e-5, "eager.view": 1e-6, "inductor.kernel": 1e-6,
+        overheads={"eager.call": 2e-5, "inductor.call": 2e-5, "eager.view": 1e-6, "eager.attribute": 1e-7,
+                   "inductor.kernel": 1e-6,
                    "inductor.alone": 3e-5},
-        fused=0.5,
+        fused=Grid(((64, 65536),), (0.5, 0.5)),
         error=(0.05, 0.1),
     )  # fmt: skip

@@ -27,6 +27,7 @@ from fxcompress.codegen.cpu.rules import (
     LEAST,
     Bucket,
     Kernel,
+    Rule,
     attends_in_bf16,
     is_two_products,
     kernel_of,
@@ -68,15 +69,27 @@ def lower_graph(
     for node, value in values_of(work.graph).items():
         if value is not None:  # what a rewrite made on the way (rows of a factor) carries none of its own
             node.meta.setdefault("val", value)
+    rule = Rule(profile, target, weight_bytes(work))
     for node in list(work.graph.nodes):
         if node.target in (FUSED, PARALLEL):
-            _Inlined(work, node, profile, target).replace()
+            _Inlined(work, node, rule).replace()
         elif node.target in _LOOKUPS and all(n.op == "get_attr" for n in node.all_input_nodes[1:]):
             _lookup(work, node)
         elif node.target is aten.linear.default and node.args[1].op == "get_attr":
             _kept(work, node)
     finish(work)
     return work
+
+
+def weight_bytes(gm: fx.GraphModule) -> float:
+    """Of what a call reads whole: all the tensors of a graph but tables, of which it reads a few rows."""
+    tables = {read for node in gm.graph.nodes if _looks_up(node) for read in node.all_input_nodes}
+    read = {str(n.target): attribute_of(n) for n in gm.graph.find_nodes(op="get_attr") if n not in tables}
+    return float(sum(t.numel() * t.element_size() for t in read.values()))
+
+
+def _looks_up(node: fx.Node) -> bool:
+    return node.target in _LOOKUPS or node.target in (aten.embedding.default, products.gather)
 
 
 def lower_pointwise(gm: SignedModule) -> SignedModule:
@@ -95,11 +108,10 @@ def lower_pointwise(gm: SignedModule) -> SignedModule:
 class _Inlined:
     """The steps of one fused node, written into the graph before it."""
 
-    def __init__(self, gm: SignedModule, node: fx.Node, profile: DeviceProfile | None, target: Target) -> None:
-        self.profile, self.target = profile, target
+    def __init__(self, gm: SignedModule, node: fx.Node, rule: Rule) -> None:
         x, tensors, extras, text, *_ = node.args
         assert isinstance(x, fx.Node)
-        self.gm, self.node, self.graph, self.x = gm, node, gm.graph, x
+        self.gm, self.node, self.graph, self.x, self.rule = gm, node, gm.graph, x, rule
         self.tensors: list[fx.Node] = list(tensors)  # type: ignore[arg-type]
         self.extras: list[fx.Node] = list(extras or [])  # type: ignore[arg-type]
         self.spec = parse(str(text))
@@ -168,7 +180,7 @@ class _Inlined:
         rows, columns = sum(len(m.weight) for m in matrices), matrices[0].weight.shape[1]
         groups = {m.fours.group if m.fours else None for m in matrices}
         group = groups.pop() if len(groups) == 1 else None
-        return kernels_of(rows, columns, self.dtype, True, self.profile, group=group, target=self.target)[:-1]
+        return kernels_of(rows, columns, self.dtype, True, self.rule, group)[:-1]
 
     def _kernel(self, matrix: Matrix) -> Kernel:
         return kernel_of(matrix.weight.numel(), self.dtype, compressed=True)

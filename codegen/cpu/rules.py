@@ -19,6 +19,7 @@ MiniLM's products on 2 cores of a Zen 4 EPYC (AVX-512 with VNNI and bf16), 2026-
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ POSITIONS = 512
 FEW = (4, 16, 64)  # tokens
 WINS = 0.9  # of the seconds of int8: another kernel is another branch, and another compilation
 GROUPS = (32, 64, 128, 256)  # columns of a scale that the int4 kernel knows
-_MORE = {4: (2, 4), 16: (2, 4, 8, 16), 64: (2, 4, 8, 16, 32, 64)}  # tokens at which "a few" is judged
+_MORE = {4: (2, 4), 16: (2, 4, 16), 64: (2, 4, 16, 64)}  # tokens at which "a few" is judged
 STRUCTURE = 4  # int8 is at least so much faster than float32 (427 against 105 Gop/s)
 
 
@@ -45,6 +46,15 @@ def kernel_of(elements: int, dtype: torch.dtype, compressed: bool) -> Kernel:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """What products of one model are chosen by. working_set: bytes of its weights (fxcompress.cost_model.device)."""
+
+    profile: DeviceProfile | None = None
+    target: Target = "inductor"
+    working_set: float = 0
+
+
+@dataclass(frozen=True)
 class Bucket:
     """`kernel` for up to `tokens` tokens; None: for any number of them."""
 
@@ -53,41 +63,29 @@ class Bucket:
 
 
 def kernels_of(
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    compressed: bool,
-    profile: DeviceProfile | None = None,
-    *,
-    group: int | None = None,
-    target: Target = "inductor",
+    rows: int, columns: int, dtype: torch.dtype, compressed: bool, rule: Rule, group: int | None = None
 ) -> tuple[Bucket, ...]:
     """By growing numbers of tokens. group: columns of a scale, where the weight is stored in 4 bits or fewer."""
     static = kernel_of(rows * columns, dtype, compressed)
-    if profile is None or static != "int8":
+    if rule.profile is None or static != "int8" or columns % 16:  # NOTE: the kernel reads past a row, 16 at a time
         return (Bucket(static, None),)
+    profile = rule.profile
     weight_only: tuple[Kernel, ...] = ("int8_weight",)
     if group in GROUPS and columns % group == 0 and rows % 64 == 0:
         weight_only = (*weight_only, "int4_weight")
 
-    def seconds(kernel: Kernel, tokens: tuple[int, ...]) -> float:
-        # streamed: where bytes of the weight matter, the model is larger than the caches
-        return sum(
-            profile.product_seconds(kernel, t, rows, columns, target=target, working_set=4 * profile.cache_bytes)
-            / profile.product_seconds("int8", t, rows, columns, target=target, working_set=4 * profile.cache_bytes)
-            for t in tokens
-        )
+    def share(kernel: Kernel, tokens: tuple[int, ...]) -> float:
+        """Of the seconds of int8, where it wins least."""
+        given = partial(profile.product_seconds, target=rule.target, working_set=rule.working_set)
+        return max(given(kernel, t, rows, columns) / given("int8", t, rows, columns) for t in tokens)
 
     def best(tokens: tuple[int, ...]) -> Kernel:
-        other = min(weight_only, key=lambda kernel: seconds(kernel, tokens))
-        return other if seconds(other, tokens) < WINS * len(tokens) else "int8"
+        other = min(weight_only, key=lambda kernel: share(kernel, tokens))
+        return other if share(other, tokens) < WINS else "int8"
 
     found = [Bucket(best((1,)), 1)]
-    few = {most: best(_MORE[most]) for most in FEW}
-    gains = {most: len(_MORE[most]) - seconds(kernel, _MORE[most]) for most, kernel in few.items() if kernel != "int8"}
-    if gains:
-        most = max(gains, key=lambda m: gains[m])
-        found.append(Bucket(few[most], most))
+    few = [Bucket(kernel, most) for most in FEW if (kernel := best(_MORE[most])) != "int8"]
+    found += few[-1:]
     found.append(Bucket("int8", None))
     return tuple(b for b, after in zip(found, [*found[1:], None]) if after is None or after.kernel != b.kernel)
 

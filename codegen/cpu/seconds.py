@@ -23,9 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxcompress.codegen.cpu import pointwise, products
+from fxcompress.codegen.cpu.lower import weight_bytes
 from fxcompress.codegen.cpu.module import LoweredModule
-from fxcompress.codegen.cpu.rules import attends_in_full, kernel_at, kernels_of
+from fxcompress.codegen.cpu.rules import Rule, attends_in_full, kernel_at, kernels_of
 from fxcompress.core.errors import InputError
+from fxcompress.core.surgery import attribute_of
 from fxcompress.cost_model.device import DeviceProfile, Target
 
 aten = torch.ops.aten
@@ -84,10 +86,10 @@ def chain_seconds(
     groups: columns of a scale of each, where it is stored as codes of 4 bits or fewer. working_set: bytes of all the
     weights of the model, which pass through the cache between two calls.
     """
-    total = 0.0
+    total, rule = 0.0, Rule(profile, target, working_set)
     for at, (rows, columns, compressed) in enumerate(products):
         group = groups[at] if groups else None
-        kernel = kernel_at(kernels_of(rows, columns, dtype, compressed, profile, group=group, target=target), tokens)
+        kernel = kernel_at(kernels_of(rows, columns, dtype, compressed, rule, group), tokens)
         total += profile.product_seconds(kernel, tokens, rows, columns, target=target, working_set=working_set)
     return total
 
@@ -101,25 +103,19 @@ class _Walk:
         self.loops, self.open = 0, False  # compiled loops; is one being written
         self.near: set[fx.Node] = set()  # made since the last library call
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        tensors = {t.data_ptr(): t for t in (*gm.parameters(), *gm.buffers()) if t.numel() >= 1 << 12}
-        tables = {id(t) for t in tensors.values() for _ in ()}
-        self.working_set = float(sum(t.numel() * t.element_size() for t in tensors.values() if id(t) not in tables))
+        self.working_set = weight_bytes(gm)
 
     def run(self, sizes: Mapping[str, int]) -> None:
         made: dict[fx.Node, Any] = {}
-        tables = {n.args[0] if "embedding" in str(n.target) else n.args[1] for n in self.gm.graph.nodes
-                  if n.op == "call_function" and _name(n) in ("embedding", "gather")}  # fmt: skip
-        for node in tables:  # a few rows are read, not the whole
-            if isinstance(node, fx.Node) and node.op == "get_attr":
-                t = _attribute(self.gm, str(node.target))
-                self.working_set -= t.numel() * t.element_size()
         with self.mode:
             for node in self.gm.graph.nodes:
                 if node.op == "placeholder":
                     made[node] = _numbered(node, sizes)
                 elif node.op == "get_attr":
-                    value = _attribute(self.gm, str(node.target))
-                    made[node] = self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+                    value = attribute_of(node)
+                    made[node] = self.mode.from_tensor(value)
+                    if self.target == "eager":
+                        self.found[node.name] = self.profile.overheads["eager.attribute"]
                 elif node.op == "call_function":
                     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
                     made[node] = node.target(*args, **kwargs)
@@ -174,7 +170,8 @@ class _Walk:
             heads, m, n = math.prod(out.shape[:-2]), out.shape[-2], out.shape[-1]
             self._closed()
             pair = self.profile.attention_seconds(f"products_{kernel}", heads, max(m, 1), min(columns, n))
-            return pair / 2 * max(columns, n) / max(m, 1)
+            share: float = max(columns, n) / max(m, 1)
+            return pair / 2 * share
         return self._library(kernel, x.numel() // columns, out.shape[-1], columns)
 
     def _closed(self) -> None:
@@ -190,8 +187,7 @@ class _Walk:
         rows = heads * q.shape[2]
         self.loops += 2  # q, k and v to bf16 for the first product; the softmax for the second
         self.near, self.open = set(), True
-        seconds = 3 * self._around("copy", rows * size / 64, 64)  # to bf16, by heads
-        seconds += self._around("softmax", rows, positions) + self._around("copy", rows * size / 64, 64)
+        seconds = self._around("softmax", rows, positions) + self._around("mul", rows, size)
         return seconds + self.profile.attention_seconds("products_bf16", heads, positions, size)
 
     def _flash(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
@@ -256,13 +252,6 @@ def _name(node: fx.Node) -> str:
     target = node.target
     packet = getattr(target, "overloadpacket", None)
     return str(packet.__name__ if packet is not None else getattr(target, "__name__", target)).rstrip("_")
-
-
-def _attribute(gm: fx.GraphModule, path: str) -> Any:
-    value: Any = gm
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _numbered(node: fx.Node, sizes: Mapping[str, int]) -> Any:

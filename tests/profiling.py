@@ -1,0 +1,39 @@
+"""A profile by formula, for tests: seconds anybody can check, and none measured."""
+
+import itertools
+
+import torch
+
+from fxcompress.codegen.cpu.measure import COMPILED, PASSES
+from fxcompress.cost_model.device import PRODUCTS, DeviceProfile, Grid, device_name, versions
+
+AXES = ((1, 16, 256), (64, 1024), (64, 1024))
+RATES = {"float": 4.0, "bf16": 2.0, "int8": 1.0, "int8_weight": 1.0, "int4_weight": 1.0}
+
+
+def grid(axes, seconds):
+    return Grid(axes, tuple(seconds(*at) for at in itertools.product(*axes)))
+
+
+def by_formula(rates=RATES, few=(), **changes):
+    """A product takes rate x tokens x rows x columns picoseconds; kernels of `few` half of that up to 16 tokens."""
+
+    def product(kernel, streamed):
+        def seconds(m, n, k):
+            share = (0.5 if kernel in few and m <= 16 else 1) * (2 if streamed else 1)
+            return rates[kernel] * share * m * n * k * 1e-12
+
+        return grid(AXES, seconds)
+
+    one = grid(((1, 1024), (64, 1024)), lambda r, c: r * c * 1e-12)
+    heads = grid(((1, 64), (1, 128), (16, 64)), lambda h, p, s: h * p * p * s * 1e-12)
+    fields = {
+        "device": device_name(), "threads": torch.get_num_threads(), "versions": versions(), "date": "2026-11-21",
+        "cache_bytes": 1 << 25, "products": {k: (product(k, False), product(k, True)) for k in PRODUCTS},
+        "passes": {f"eager.{n}": one for n in PASSES} | {f"inductor.{n}": one for n in COMPILED},
+        "attention": dict.fromkeys(("flash", "flash_masked", "flash_causal", "products_float", "products_bf16"), heads),
+        "overheads": {"eager.call": 1e-5, "inductor.call": 1e-5, "eager.view": 1e-6, "eager.attribute": 1e-6,
+                      "inductor.alone": 1e-5, "inductor.kernel": 1e-6},
+        "fused": Grid(((64, 65536),), (1.0, 0.5)), "error": (0.05, 0.2),
+    }  # fmt: skip
+    return DeviceProfile(**{**fields, **changes})
