@@ -29,8 +29,10 @@ from fxcompress.cost_model.relaxation import relax
 Axis = Literal["bytes", "loss", "flops", "seconds"]
 AXES: tuple[Axis, ...] = ("bytes", "loss", "flops", "seconds")
 GAP = 1e-6
-MANY, GAP_OF_MANY = 20_000, 5e-5  # of more items than that, a gap proven in a second or two: prices are far less exact
-CORES = (1500, 8000)  # items beyond one a site, those of least reduced cost, among which the optimum nearly always lies
+# Of more items than MANY, a gap that is proven in a second or two (prices are far less exact), and the branches that a
+# core is searched for: one that has nothing better soon leaves it to the next, in which it is easier to fit all bounds.
+MANY, GAP_OF_MANY, NODES = 20_000, 1e-4, 30
+CORES = (1000, 4000)  # items beyond one a site, those of least reduced cost, among which the optimum nearly always lies
 ROUNDING = 1e-12  # of sums in float64
 TOLERANCE = 1e-6  # HiGHS's own, of a bound in units near 1
 
@@ -94,18 +96,19 @@ def select(
     every = _table(sites, limits, ties, goal)
     relaxed = relax(every.cost, every.rows, every.bounds, every.starts)
     tied = np.isin(every.site, [site for tie in ties for site in tie])
-    enough = GAP if len(tied) <= MANY else GAP_OF_MANY
+    many = len(tied) > MANY
+    enough = GAP_OF_MANY if many else GAP
     order = np.sort(relaxed.reduced)
     open_ = np.ones(len(tied), dtype=bool)
     for core in CORES:
         narrow = open_ & (tied | (relaxed.reduced <= order[min(len(sites) + core, len(tied)) - 1]))
-        found = _solve(every, narrow, ties, enough)
+        found = _solve(every, narrow, ties, enough, NODES if many else None)
         if found is None:
             continue
         gap = max(0.0, found.cost - relaxed.lowest) / max(abs(found.cost), 1e-300)
         slack = ROUNDING * (abs(relaxed.lowest) + abs(found.cost) + float(np.abs(every.cost).max()))
         open_ &= relaxed.lowest + relaxed.reduced <= found.cost + slack  # what is not can be in no better choice
-        if gap <= enough or not (open_ & ~narrow).any():
+        if gap <= enough or (found.gap <= enough and not (open_ & ~narrow).any()):
             return Selection(every.picked(found.chosen), min(gap, found.gap))
     found = _solve(every, open_, ties, enough)
     if found is None:
@@ -167,8 +170,10 @@ def _front(values: np.ndarray, labels: Sequence[Sequence[str]]) -> list[int]:
     return sorted(mine[k] for mine in classes.values() for k in _undominated(values[mine]))
 
 
-def _solve(every: _Table, open_: np.ndarray, ties: Sequence[Tie], gap: float) -> _Solution | None:
-    """The best choice of the items that are `open_`; None where there is none."""
+def _solve(
+    every: _Table, open_: np.ndarray, ties: Sequence[Tie], gap: float, nodes: int | None = None
+) -> _Solution | None:
+    """The best choice of the items that are `open_`, to half of `gap`; None where none was found, after `nodes`."""
     at = np.flatnonzero(open_)
     site, cost, rows = every.site[at], every.cost[at], every.rows[:, at]
     alone = np.bincount(site, minlength=len(every.starts))[site] == 1  # decided: constants, unless ties read them
@@ -193,7 +198,7 @@ def _solve(every: _Table, open_: np.ndarray, ties: Sequence[Tie], gap: float) ->
             constraints=constraints,
             integrality=np.ones(len(free), dtype=np.int64),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": gap},
+            options={"mip_rel_gap": gap / 2, **({} if nodes is None else {"node_limit": nodes})},
         )
     if solved.x is None:
         return None

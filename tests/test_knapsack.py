@@ -74,7 +74,7 @@ def solved(seed, kind, with_ties):
     return sites, limits, ties(sites, rng) if with_ties else [], goal
 
 
-@pytest.mark.parametrize("cores", [(0,), (10, 30), (1500, 8000)])
+@pytest.mark.parametrize("cores", [(0,), (10, 30), (1000, 4000)])
 @pytest.mark.parametrize("with_ties", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(8))

@@ -300,8 +300,7 @@ class Plan:
 
 
 def _candidate(entry: list[Any]) -> Candidate:
-    site, spec, size, flops, error, loss, *seconds = entry
-    return Candidate(site, spec, size, flops, error, loss, *(tuple(map(float, each)) for each in seconds))
+    return Candidate(*entry[:6], seconds=tuple(map(float, entry[6])) if len(entry) > 6 else ())
 
 
 def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
