@@ -300,7 +300,8 @@ class Plan:
 
 
 def _candidate(entry: list[Any]) -> Candidate:
-    return Candidate(*entry[:6], seconds=tuple(map(float, entry[6])) if len(entry) > 6 else ())
+    plain = Candidate(*entry[:6])
+    return plain if len(entry) < 7 else dataclasses.replace(plain, seconds=tuple(map(float, entry[6])))
 
 
 def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
