@@ -33,7 +33,7 @@ from fxcompress.core.capture import capture
 from fxcompress.profiling import here
 
 EIGHT, FOUR = "quantize{bits=8, group_size=0}", "quantize{bits=4, group_size=32}"
-ROUNDS, CALLS = 3, 7
+ROUNDS, CALLS = 9, 3
 Inputs = dict[str, Tensor]
 
 

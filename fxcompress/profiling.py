@@ -25,6 +25,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from fxcompress.codegen.cpu import measure
+from fxcompress.codegen.cpu.between import COMPILED, FUSED, PASSES
 from fxcompress.codegen.cpu.measure import Sizes
 from fxcompress.codegen.triton.build import cache_folder, write_whole
 from fxcompress.core.errors import ProfileError
@@ -101,7 +102,7 @@ def table(profile: DeviceProfile) -> str:
 
 def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
     names, between = measure.kernels(), measure.Between()
-    passes, compiled = list(measure.PASSES), list(measure.COMPILED)
+    passes, compiled = list(PASSES), list(COMPILED)
     total = measure.ROUNDS * (len(names) + len(passes) + len(measure.ATTENTION)) + len(compiled) + 3
     several = replace(sizes, rows=sizes.looped)
     with tqdm(total=total, desc="profile", unit="table", disable=not progress, leave=False, mininterval=0) as bar:
@@ -122,14 +123,14 @@ def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
                 before = products.get(name, pair)
                 products[name] = _least(before[0], pair[0]), _least(before[1], pair[1])
             for name in passes:
-                run, given = measure.PASSES[name]
+                run, given = PASSES[name]
                 grid = told(name, partial(measure.pass_grid, run, given, sizes, between))
                 alone[f"eager.{name}"] = _least(alone.get(f"eager.{name}", grid), grid)
             for name in measure.ATTENTION:
                 grid = told(name, partial(measure.attention_grid, name, sizes, between))
                 attention[name] = _least(attention.get(name, grid), grid)
         for name in compiled:
-            run, given = measure.COMPILED[name]
+            run, given = COMPILED[name]
             loop, less = measure.compiled(run), overheads["inductor.alone"]
             told(name, partial(loop, *given(8, 64)))
             alone[f"inductor.{name}"] = measure.pass_grid(loop, given, several, between, less)
@@ -151,7 +152,7 @@ def _fused(alone: dict[str, Grid], sizes: Sizes, between: measure.Between, less:
     """Seconds of passes in one loop over those of the same passes alone, by elements: the mean of groups."""
     elements, columns = tuple(sorted({r * sizes.columns[1] for r in sizes.rows})), sizes.columns[1]
     found = []
-    loops = [(measure.compiled(run), names, given) for run, names, given in measure.FUSED]
+    loops = [(measure.compiled(run), names, given) for run, names, given in FUSED]
     for rows in sizes.rows:
         shares = []
         for loop, names, given in loops:

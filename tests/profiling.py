@@ -4,10 +4,10 @@ import itertools
 
 import torch
 
-from fxcompress.codegen.cpu.measure import COMPILED, PASSES
+from fxcompress.codegen.cpu.between import COMPILED, PASSES
 from fxcompress.cost_model.device import PRODUCTS, DeviceProfile, Grid, device_name, versions
 
-AXES = ((1, 16, 256), (64, 1024), (64, 1024))
+AXES = ((1, 16, 17, 256), (64, 1024), (64, 1024))
 RATES = {"float": 4.0, "bf16": 2.0, "int8": 1.0, "int8_weight": 1.0, "int4_weight": 1.0}
 
 

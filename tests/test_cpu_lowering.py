@@ -18,6 +18,12 @@ vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 produ
 bf16 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bf16 products need AVX-512 BF16")
 
 
+@pytest.fixture(autouse=True)
+def _without_profile(monkeypatch):
+    """The static rule, whatever was measured on this machine."""
+    monkeypatch.setattr(fxcompress.lowering, "cached", lambda: None)
+
+
 class Block(nn.Module):
     """Attention and a feed-forward layer of width WIDE, 4 heads."""
 

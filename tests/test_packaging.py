@@ -73,7 +73,9 @@ def test_wheel_holds_each_module_once_and_nothing_else(tree: Path, wheel: Path) 
     held = [name for name in names(wheel) if not name.startswith(metadata)]
     tables = [f"fxcompress/codegen/triton/configs/{file.name}" for file in tree.glob("codegen/triton/configs/*.json")]
     assert len(tables) == 2
-    assert Counter(held) == Counter([*modules(tree), *tables, "fxcompress/py.typed"])
+    profiles = [f"fxcompress/cost_model/profiles/{file.name}" for file in tree.glob("cost_model/profiles/*.json")]
+    assert profiles
+    assert Counter(held) == Counter([*modules(tree), *tables, *profiles, "fxcompress/py.typed"])
 
 
 def test_wheel_of_sdist_is_the_same(wheel: Path, wheel_of_sdist: Path) -> None:

@@ -50,8 +50,8 @@ def test_shapes_the_kernels_do_not_know_are_left_to_int8():
 
 
 @vnni
-def test_a_gain_below_a_tenth_is_no_bucket():
-    rates = {"float": 4.0, "bf16": 2.0, "int8": 1.0, "int8_weight": 0.95, "int4_weight": 1.0}
+def test_a_gain_that_the_profile_may_be_wrong_about_is_no_bucket():
+    rates = {"float": 4.0, "bf16": 2.0, "int8": 1.0, "int8_weight": 0.8, "int4_weight": 1.0}
     rule = Rule(by_formula(rates), "eager")
     assert kernels_of(WIDE, WIDE, torch.float32, True, rule) == (Bucket("int8", None),)
 
@@ -123,8 +123,7 @@ def test_both_sides_of_the_edge_are_the_model(spec, few, to):
     for shape in ((1, 1), (4, 4), (1, 17), (5, 7)):
         x = torch.randn(*shape, WIDE)
         with torch.no_grad():
-            meant, found = small.double()(x.double()), fast(x)
-        small.float()
+            meant, found = small(x), fast(x)
         # inputs of two products in 8 bits, or in bf16: a percent each at most
         assert float((found - meant).norm() / meant.norm()) < 0.02, shape
 

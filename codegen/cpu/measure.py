@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxcompress.codegen.cpu import pointwise, products
+from fxcompress.codegen.cpu import products
+from fxcompress.codegen.cpu.between import PASSES, Given
 from fxcompress.codegen.cpu.module import OPTIONS, LoweredModule
 from fxcompress.core.capture import capture
 from fxcompress.cost_model.device import Grid, Target
@@ -46,7 +47,7 @@ class Sizes:
 
     tokens: tuple[int, ...] = (1, 2, 4, 16, 64, 256, 1024)
     features: tuple[int, ...] = (64, 256, 1024, 4096)
-    rows: tuple[int, ...] = (1, 16, 128, 1024, 8192)
+    rows: tuple[int, ...] = (1, 16, 128, 512, 2048, 8192)
     columns: tuple[int, ...] = (64, 512, 3072)
     looped: tuple[int, ...] = (16, 128, 512)  # rows of compiled passes: what one hands to the next stays in the caches
     heads: tuple[int, ...] = (4, 32, 256)
@@ -146,12 +147,12 @@ KERNELS: Mapping[str, tuple[torch.dtype, Callable[[Tensor], tuple[Tensor, ...]],
     "int4_weight": (torch.bfloat16, _fours, _int4_weight),
 }
 _BYTES = {"float": 4.0, "bf16": 2.0, "bf16_packed": 2.0, "int8": 1.0, "int8_weight": 1.0, "int4_weight": 0.5}
-Needs = {"int8": torch.cpu._is_vnni_supported, "bf16_packed": torch.cpu._is_avx512_bf16_supported}
+_NEEDS = {"int8": torch.cpu._is_vnni_supported, "bf16_packed": torch.cpu._is_avx512_bf16_supported}
 
 
 def kernels() -> list[str]:
     """Those of this processor."""
-    return [name for name in KERNELS if Needs.get(name, lambda: True)()]
+    return [name for name in KERNELS if _NEEDS.get(name, lambda: True)()]
 
 
 def product_grids(name: str, sizes: Sizes, between: Between) -> tuple[Grid, Grid]:
@@ -190,97 +191,6 @@ def product_seconds(name: str, tokens: int, rows: int, columns: int, between: Be
     """Of one size, its weight in the cache."""
     ((_, (cached, _)),) = _one_weight(name, rows, columns, (tokens,), between, float("inf"))
     return cached
-
-
-# Passes: a function of (rows, columns) tensors, and what it is given.
-
-
-def _scale(total: Tensor, step: Tensor, offset: Tensor, r: Tensor, s: Tensor, b: Tensor) -> Tensor:
-    return (total.float() * step + offset * r) * s + b
-
-
-def _norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), w, b)
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    wide = scores.float()
-    shares = (wide - wide.amax(-1, keepdim=True).clamp_min(-1e30)).exp()
-    return (shares / shares.sum(-1, keepdim=True).clamp_min(1e-30)).to(scores.dtype)
-
-
-def _copy(x: Tensor) -> Tensor:
-    """Heads change places: (rows, heads, 32) -> (heads, rows, 32)."""
-    return torch.unflatten(x, 1, (-1, 32)).transpose(0, 1).contiguous()
-
-
-def _embedding(ids: Tensor, table: Tensor) -> Tensor:
-    return F.embedding(ids, table)
-
-
-def _gather(ids: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    return products.gather(ids, codes, scales, torch.float32)
-
-
-def _float(rows: int, columns: int) -> Tensor:
-    return torch.randn(rows, columns)
-
-
-def _total(rows: int, columns: int) -> tuple[Tensor, ...]:
-    parts = (torch.randn(rows, 1), torch.randn(rows, 1), torch.randn(columns), torch.randn(columns))
-    return torch.randint(-1000, 1000, (rows, columns), dtype=torch.int32), *parts, torch.randn(columns)
-
-
-def _table(rows: int, columns: int) -> tuple[Tensor, ...]:
-    return torch.randint(0, 4096, (rows,)), torch.randn(4096, columns)
-
-
-def _coded(rows: int, columns: int) -> tuple[Tensor, ...]:
-    table = torch.randn(4096, columns)
-    return torch.randint(0, 4096, (rows,)), *products.packed_table(table)
-
-
-Given = Callable[[int, int], tuple[Tensor, ...]]
-Pass = tuple[Callable[..., Any], Given]
-PASSES: Mapping[str, Pass] = {
-    "add": (lambda x, y: x + y, lambda r, c: (_float(r, c), _float(r, c))),
-    "mul": (lambda x: x * 1.5, lambda r, c: (_float(r, c),)),
-    "tanh": (lambda x: x.tanh(), lambda r, c: (_float(r, c),)),
-    "gelu": (lambda x: F.gelu(x), lambda r, c: (_float(r, c),)),
-    "cast": (lambda x: x.to(torch.bfloat16), lambda r, c: (_float(r, c),)),
-    "copy": (_copy, lambda r, c: (_float(r, c),)),
-    "norm": (_norm, lambda r, c: (_float(r, c), torch.randn(c), torch.randn(c))),
-    "softmax": (lambda x: torch.softmax(x, -1), lambda r, c: (_float(r, c),)),
-    "round": (products.rounded_tokens, lambda r, c: (_float(r, c),)),
-    "scale": (_scale, _total),
-    "embedding": (_embedding, _table),
-    "gather": (_gather, _coded),
-}
-COMPILED: Mapping[str, Pass] = {  # those that a graph for Inductor has in another form
-    **PASSES,
-    "quick_gelu": (pointwise.gelu, PASSES["gelu"][1]),
-    "softmax": (_softmax, lambda r, c: (_float(r, c).to(torch.bfloat16),)),
-}
-
-
-def _scaled_and_quick(*args: Tensor) -> Any:
-    return products.rounded_tokens(pointwise.gelu(_scale(*args)))
-
-
-def _scaled_and_normed(*args: Tensor) -> Any:
-    *total, residual, w, b = args
-    x = _norm(_scale(*total) + residual, w, b)
-    return (*products.rounded_tokens(x), x)
-
-
-FUSED: tuple[tuple[Callable[..., Any], tuple[str, ...], Given], ...] = (
-    (_scaled_and_quick, ("scale", "quick_gelu", "round"), _total),
-    (
-        _scaled_and_normed,
-        ("scale", "add", "norm", "round"),
-        lambda r, c: (*_total(r, c), _float(r, c), torch.randn(c), torch.randn(c)),
-    ),
-)
 
 
 def pass_grid(run: Callable[..., Any], given: Given, sizes: Sizes, between: Between,
