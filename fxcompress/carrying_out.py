@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -34,6 +34,7 @@ SIZE_ROUNDS = 4  # measured sizes settle after one or two
 WASTE = 0.004  # of the size: more room than this left by the files around the tensors is used in a second round
 CORRECTIONS = 2  # plans after the first
 SLIGHT = 0.01  # errors below it are not worth a second choice
+TIMES_BYTES = 64  # of a compressed file, for what a report adds about a workload once it is measured
 OFF = 1.25  # measured over predicted error, either way, from which prices are corrected
 
 
@@ -103,7 +104,7 @@ def _meet(
         measured = divergence.error
         report = replace(_report(plan, reports, measured, known, plan.predicted_bytes), first_error=first)
         attach(compiled, original.signature, plan, report)
-        total = bytes_on_disk(compiled)
+        total = bytes_on_disk(compiled) + TIMES_BYTES * len(plan.workload)
         attach(compiled, original.signature, plan, replace(report, measured_bytes=total))
         if budget is None or room is None:
             return compiled
@@ -132,7 +133,7 @@ def _rewrite(
     """A copy of the graph with every choice of the plan carried out."""
     work = original.copy()
     sites = {s.name: s for s in take_roles(find_sites(work), roles)}
-    _check_fit(plan, sites)
+    check_fit(plan, sites.values())
     recipes = {choice.site: parse(choice.spec, REWRITES) for choice in plan.choices}
     cut_between(work, sites, recipes)
     reports, seen = [], watched(original, known)
@@ -171,9 +172,11 @@ def _report(plan: Plan, sites: list[SiteReport], measured: float, known: Calibra
     )
 
 
-def _check_fit(plan: Plan, sites: dict[str, Site]) -> None:
+def check_fit(plan: Plan, sites: Iterable[Site]) -> None:
+    """Raises `PlanError` where the plan is of other sites."""
+    of = {site.name: site for site in sites}
     for info in plan.sites:
-        site = sites.get(info.name)
+        site = of.get(info.name)
         if site is None:
             raise PlanError(
                 f"the plan was made for another model: it names {info.name!r}, and this model has no such site."

@@ -1,7 +1,8 @@
 """The command line. Results on stdout, progress and complaints on stderr, non-zero on any failure.
 
     fxcompress compress ./my-bert --budget 4x --calibration texts.txt --out ./my-bert-4x
-    fxcompress plan ./my-bert --budget 4x --calibration texts.txt
+    fxcompress plan ./my-bert --budget 4x --calibration texts.txt --html plan.html
+    fxcompress plan ./my-bert --budget 4x --latency 2x --workload query=1x16 index=32x128:0.1
     fxcompress inspect ./my-bert-4x
     fxcompress inspect ./my-bert-4x --cost --at s0=8,s1=128
     fxcompress kernels --arch 90
@@ -18,15 +19,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fxcompress import __version__, profiling
 from fxcompress.api import compile, plan_only
 from fxcompress.checkpoint import load, refuse_existing, save
 from fxcompress.codegen.costs import cost_of
+from fxcompress.codegen.cpu.module import Target
 from fxcompress.core.budget import Budget
 from fxcompress.core.errors import FxcompressError, InputError, KernelError
 from fxcompress.core.plan import Plan
+from fxcompress.core.workload import parse_workload
 from fxcompress.hf import batches_of, load_model
 
 
@@ -48,17 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    Budget.parse(options.budget)  # before minutes are spent
+    budget = _budget(options)  # before minutes are spent
+    workload = None if options.workload is None else parse_workload(options.workload)
     refuse_existing(Path(options.out))
     model = load_model(options.model)
     plan = Plan.load(options.plan) if options.plan else None
     compiled = compile(
         model,
-        options.budget if plan is None else None,
+        budget if plan is None else None,
         calibration=_calibration(options, model),
         rewrites=options.rewrites,
         plan=plan,
         progress=not options.quiet,
+        workload=workload,
     )
     save(compiled, options.out)
     report = compiled.meta["report"]
@@ -66,14 +71,22 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    Budget.parse(options.budget)
+    budget = _budget(options)
+    workload = None if options.workload is None else parse_workload(options.workload)
     model = load_model(options.model)
-    calibration = _calibration(options, model)
     plan = plan_only(
-        model, options.budget, calibration=calibration, rewrites=options.rewrites, progress=not options.quiet
+        model,
+        budget,
+        calibration=_calibration(options, model),
+        rewrites=options.rewrites,
+        progress=not options.quiet,
+        lower=options.lower,
+        workload=workload,
     )
     if options.save:
         plan.save(options.save)
+    if options.html:
+        Path(options.html).write_text(plan.to_html(), encoding="utf-8")
     _print(options, plan.to_json(), plan.explain(options.explain) if options.explain else str(plan))
 
 
@@ -88,12 +101,20 @@ def _inspect(options: argparse.Namespace) -> None:
         _print(options, cost.to_json(), str(cost))
         return
     plan, report = compiled.meta["plan"], compiled.meta["report"]
+    if options.html:
+        Path(options.html).write_text(plan.to_html(report), encoding="utf-8")
     if options.explain:
         _print(
             options, [c for c in plan.to_json()["candidates"] if c[0] == options.explain], plan.explain(options.explain)
         )
         return
     _print(options, {"plan": plan.to_json(), "report": report.to_json()}, f"{plan}\n\n{report}")
+
+
+def _budget(options: argparse.Namespace) -> Budget:
+    """A size of 4x where nothing is asked."""
+    size = options.budget or (None if options.latency else "4x")
+    return Budget(size=size, latency=options.latency)
 
 
 def _sizes(text: str, symbols: Sequence[str]) -> dict[str, int]:
@@ -228,7 +249,16 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--quiet", action="store_true", help="no progress bar")
     for sub in (compress, plan):
         sub.add_argument("model", metavar="MODEL_DIR", help="folder written by save_pretrained, with its tokenizer")
-        sub.add_argument("--budget", default="4x", help='size: "4x", "25%%", "12 MB" (default 4x)')
+        sub.add_argument("--budget", help='size: "4x", "25%%", "12 MB" (default 4x, or free where --latency is given)')
+        sub.add_argument(
+            "--latency", help='of a call, lowered to this CPU: "2x", "50%%", "12 ms", or "min" beside --budget'
+        )
+        sub.add_argument(
+            "--workload",
+            nargs="+",
+            metavar="NAME=BATCHxSEQUENCE[:CALLS]",
+            help="what latency is of, such as decode=1x1 prefill=8x512:0.3 (default: the calibration's shape)",
+        )
         sub.add_argument("--calibration", metavar="TEXTS", help="text file, one example a line")
         sub.add_argument("--examples", type=int, default=128, help="lines of it to use (default 128)")
         sub.add_argument("--batch-size", type=int, default=16, help="examples a batch (default 16)")
@@ -237,9 +267,14 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--out", required=True, help="folder to create")
     compress.add_argument("--plan", help="replay a plan saved by `fxcompress plan --save`")
     plan.add_argument("--save", help="also write the plan as JSON")
+    plan.add_argument("--html", metavar="FILE", help="also write a page: Pareto front, every weight, refusals")
+    plan.add_argument(
+        "--lower", choices=get_args(Target), help="what seconds are predicted for (default eager; for --latency)"
+    )
     plan.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
     inspect.add_argument("folder", metavar="DIR", help="folder written by `fxcompress compress` or fxcompress.save")
     inspect.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
+    inspect.add_argument("--html", metavar="FILE", help="write a page: Pareto front, every weight, measured seconds")
     inspect.add_argument("--kernels", action="store_true", help="print the GPU kernels it runs, and where they are")
     inspect.add_argument("--cost", action="store_true", help="print flops, bytes and launches of every module")
     inspect.add_argument("--at", metavar="SIZES", help="with --cost: numbers for these sizes, such as s0=8,s1=128")

@@ -10,8 +10,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxcompress.core.budget import Budget
 from fxcompress.core.divergence import Kind
-from fxcompress.core.units import format_bytes
+from fxcompress.core.units import format_bytes, format_seconds
+from fxcompress.core.workload import Workload, weighted
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Report:
     calibrated: bool
     sites: tuple[SiteReport, ...]
     first_error: float | None = None  # predicted before any price was corrected
+    workload: tuple[Workload, ...] = ()  # where latency was asked: what seconds are of, medians of calls
+    target: str = ""  # what it was lowered to when they were measured
+    original_seconds: tuple[tuple[float, float], ...] = ()  # (predicted, measured), run the same way
+    seconds: tuple[tuple[float, float], ...] = ()  # (predicted, measured), of the compressed model lowered
 
     @property
     def ratio(self) -> float:
@@ -53,26 +59,66 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
-        return cls(**{**data, "sites": tuple(SiteReport(**s) for s in data["sites"])})
+        told = {**data, "sites": tuple(SiteReport(**s) for s in data["sites"])}
+        told["workload"] = tuple(Workload(**w) for w in data.get("workload", ()))
+        told.update({k: tuple(map(tuple, data.get(k, ()))) for k in ("original_seconds", "seconds")})
+        return cls(**told)
 
     def __str__(self) -> str:
+        table = tabulate(self.rows(), headers=["", "predicted", "measured", "off by"], disable_numparse=True)
+        return (
+            f"report: {self.budget}; {format_bytes(self.original_bytes)} -> {format_bytes(self.measured_bytes)} "
+            f"({self.ratio:.2f}x)\n\n{table}\n\nerror measured on {self.measured_on()}{self.lowered_how()}"
+        )
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """What, predicted, measured, off by."""
         unit = "KL, nats" if self.kind == "kl" else "output error"
         off = (self.measured_error - self.predicted_error) / self.predicted_error if self.predicted_error else 0.0
-        rows = [
+        return [
             ("bytes on disk", format_bytes(self.predicted_bytes), format_bytes(self.measured_bytes),
              f"{(self.measured_bytes - self.predicted_bytes) / self.predicted_bytes:+.1%}"),
             (unit, f"{self.predicted_error:.4g}", f"{self.measured_error:.4g}", f"{off:+.1%}"),
+            *self.latencies(),
         ]  # fmt: skip
-        table = tabulate(rows, headers=["", "predicted", "measured", "off by"], disable_numparse=True)
+
+    def measured_on(self) -> str:
+        """Which examples the error is of."""
         on = "the example inputs, for want of calibration data"
         if self.calibrated:
             on = f"{self.examples} {'held-out' if self.held_out else 'calibration'} examples"
         if self.first_error not in (None, self.predicted_error):
             on += f"; {self.first_error:.4g} was predicted before prices were corrected"
+        return on
+
+    def latencies(self) -> list[tuple[str, str, str, str]]:
+        """One a workload: what a call takes, predicted and measured, and how many times less than the original's."""
+        told = []
+        for workload, before, after in zip(self.workload, self.original_seconds, self.seconds):
+            predicted, found = (f"{format_seconds(now)} ({then / now:.2f}x)" for then, now in zip(before, after))
+            told.append((f"{workload} a call", predicted, found, f"{(after[1] - after[0]) / after[0]:+.1%}"))
+        return told
+
+    def missed_latency(self, budget: Budget) -> str | None:
+        """What to say where a bound on latency was predicted to hold, and does not as measured."""
+        if not self.workload:
+            return None
+        before, after = (weighted([s[1] for s in of], self.workload) for of in (self.original_seconds, self.seconds))
+        bound = budget.latency_seconds(before)
+        if bound is None or after <= bound:
+            return None
+        predicted = weighted([s[0] for s in self.seconds], self.workload)
         return (
-            f"report: {self.budget}; {format_bytes(self.original_bytes)} -> {format_bytes(self.measured_bytes)} "
-            f"({self.ratio:.2f}x)\n\n{table}\n\nerror measured on {on}"
+            f"{budget} was asked, {format_seconds(predicted)} a call predicted and {format_seconds(after)} measured "
+            f"({before / after:.2f}x of the original, on {', '.join(map(str, self.workload))}). Ask for a little more, "
+            "or run `fxcompress profile` anew while the machine is quiet."
         )
+
+    def lowered_how(self) -> str:
+        """How the calls ran; nothing where none was timed."""
+        if not self.workload:
+            return ""
+        return f"\ncalls of the model lowered to {self.target}; in brackets, against the original run the same way"
 
     def table(self) -> str:
         """Every site, predicted beside measured."""

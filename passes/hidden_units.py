@@ -206,9 +206,9 @@ class HiddenUnits(Structure):
 
     @classmethod
     def unasked(cls, site: Site, budget: Budget) -> str | None:
-        if budget.flops is not None:
+        if budget.flops is not None or budget.latency is not None:
             return None
-        return "for bytes alone quantized weights lose less; it is weighed where flops are bounded, or by name"
+        return "for bytes alone quantized weights lose less; it is weighed where flops or time are bounded, or by name"
 
     @classmethod
     def space(cls, site: Site) -> Iterator[Self]:

@@ -4,7 +4,8 @@
 2. Each structure, plain and with each storage on its factors. A structure's error before storing is a closed form and a
    lower bound; a recipe is dropped unmade when that error, plus what the same storage does to the dense weight, is no
    better than stored dense weights of as many bytes (with some room, because kappa differs between families), and made
-   and measured otherwise. Nothing is dropped where flops are bounded, nor of a structure whose losses lie elsewhere.
+   and measured otherwise. Nothing is dropped where flops are bounded, nor of a structure whose losses lie elsewhere,
+   nor what is clearly faster than every stored dense weight where latency is asked.
 3. One probe of the model per site and family that is left (fxcompress.cost_model.sensitivity) turns site errors into
    losses.
 """
@@ -28,10 +29,12 @@ from fxcompress.core.site import Site
 from fxcompress.core.ties import Tie
 from fxcompress.cost_model.sensitivity import Prober, kappa, price
 from fxcompress.passes.dense import Dense
+from fxcompress.passes.latency import Pricing
 from fxcompress.passes.recipe import Recipe, bias_of
 from fxcompress.passes.unit_groups import agreed, unit_ties
 
 FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
+FASTER = 0.9  # of the seconds of a stored dense weight: less is within what a profile is good for
 MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth: a structure that loses more answers no budget
 
 
@@ -65,8 +68,10 @@ def propose(
     budget: Budget,
     named: bool = False,
     progress: bool = True,
+    pricing: Pricing | None = None,
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
-    """-> (candidates, refusals), sites in order, `keep` first at each. `named`: the user asked for these rewrites."""
+    """-> (candidates, refusals), sites in order, `keep` first at each. `named`: the user asked for these rewrites.
+    pricing: where latency is asked."""
     prober = Prober(gm, calibration.held_out)
     sizes = sizes_of(gm, calibration)
     by_name = {site.name: site for site in sites}
@@ -77,7 +82,7 @@ def propose(
     for name in tqdm(by_name, "propose", unit="site", disable=not progress, leave=False):
         if name not in tried:
             together = [calibration.informed(by_name[other]) for other in with_me.get(name, (name,))]
-            tried.update({s.name: (s, t, r) for s, t, r in trials_of(together, rewrites, budget, named)})
+            tried.update({s.name: (s, t, r) for s, t, r in trials_of(together, rewrites, budget, named, pricing)})
         site, trials, refused = tried.pop(name)
         kappas = _probe(prober, site, trials)
         candidates.append(_candidate(site, Recipe(), 0.0, 0.0, sizes))
@@ -92,13 +97,17 @@ def propose(
 
 
 def trials_of(
-    sites: Sequence[Site], rewrites: Sequence[type[Rewrite]], budget: Budget, named: bool = False
+    sites: Sequence[Site],
+    rewrites: Sequence[type[Rewrite]],
+    budget: Budget,
+    named: bool = False,
+    pricing: Pricing | None = None,
 ) -> list[tuple[Site, list[Trial], list[tuple[str, str]]]]:
     """-> (site, recipes that save at least the budget's `min_gain` of its bytes, refusals) for each of some tied sites.
 
     What is promising at one of them is made at all: they can only choose what they have in common.
     """
-    drafts = [_draft(site, rewrites, budget, named) for site in sites]
+    drafts = [_draft(site, rewrites, budget, named, pricing) for site in sites]
     wanted = set[str]().union(*(d.promising for d in drafts))
     return [(d.site, d.trials + _measured(d, wanted), d.refused) for d in drafts]
 
@@ -112,7 +121,9 @@ def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
     ]
 
 
-def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named: bool) -> Draft:
+def _draft(
+    site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named: bool, pricing: Pricing | None
+) -> Draft:
     trials: list[Trial] = []
     refused: list[tuple[str, str]] = []
     most = (1 - budget.min_gain) * site.dense_bytes
@@ -134,6 +145,8 @@ def _draft(site: Site, rewrites: Sequence[type[Rewrite]], budget: Budget, named:
         rivals = Frontier.of(alone, site.dense_bytes) if judged else NOTHING
         mine = _estimates(site, structure, storages, trials, most, 1.0 if named else MOST_LOST, rivals)
         good = {str(e.recipe) for e in (_promising(mine, rivals) if judged else mine)}
+        if pricing is not None and judged:
+            good |= {str(e.recipe) for e in _faster(_promising(mine, NOTHING), site, trials, pricing)}
         if not good:
             refused.append((structure.name, _why_not(mine)))
         estimates += mine
@@ -191,6 +204,13 @@ def _promising(estimates: Sequence[Trial], rivals: Frontier) -> list[Trial]:
         if not rivals.beats(e.bytes, e.error)
         and not any(o.bytes <= e.bytes and o.error < e.error for o in estimates)
     ]
+
+
+def _faster(estimates: Sequence[Trial], site: Site, dense: Sequence[Trial], pricing: Pricing) -> list[Trial]:
+    """Those that take clearly less time than any way to store the dense weight, and than the weight as it is."""
+    rivals = [Recipe(), *(t.recipe for t in dense)]
+    least = min(pricing.latency(recipe, site) for recipe in rivals)
+    return [e for e in estimates if pricing.latency(e.recipe, site) < FASTER * least]
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def test_a_size_that_means_nothing_is_refused_with_what_to_write(size, message):
 
 
 def test_a_budget_that_bounds_nothing_is_refused():
-    with pytest.raises(BudgetError, match=r"Budget\(\) bounds nothing: give size, error or flops"):
+    with pytest.raises(BudgetError, match=r"Budget\(\) bounds nothing: give size, error, flops or latency"):
         Budget()
 
 

@@ -12,7 +12,9 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import fxcompress
 import fxcompress.codegen.triton
+from fxcompress import profiling
 from fxcompress.cli import main
+from tests.profiles import profile
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(120))]
 
@@ -70,9 +72,38 @@ def test_plan_writes_no_model_and_its_saved_plan_can_be_carried_out(bert: Path, 
     assert main(["compress", str(bert), "--plan", str(saved), "--out", str(tmp_path / "m"), *common]) == 0
 
 
+def test_plan_and_compress_under_a_latency(bert: Path, tmp_path: Path, capsys, monkeypatch):
+    made = profile()
+    monkeypatch.setattr(profiling, "cached", lambda: made)
+    common = ["--calibration", str(bert / "texts.txt"), "--quiet", "--rewrites", "quantize", "--latency", "1x"]
+    work = ["--workload", "query=1x8", "index=16x12:0.1"]
+    page, saved, out = tmp_path / "plan.html", tmp_path / "plan.json", tmp_path / "m"
+    assert main(["plan", str(bert), *common, *work, "--html", str(page), "--save", str(saved)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("plan: latency <= 1x\n")
+    assert "query (1 x 8): predicted " in printed
+    assert "mean of 1 query, 0.1 index: predicted " in printed
+    assert "<h2>Every weight</h2>" in page.read_text(encoding="utf-8")
+    loose = [*common[:-1], "1 s", "--budget", "2x", "--lower", "inductor"]
+    assert main(["plan", str(bert), *loose]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("plan: size <= 2x, latency <= 1 s\n")
+    assert "a call, lowered to inductor" in printed
+    assert main(["compress", str(bert), *common, *work, "--out", str(out)]) == 0
+    assert "query (1 x 8) a call" in capsys.readouterr().out
+    assert main(["inspect", str(out), "--html", str(page), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [w["name"] for w in told["report"]["workload"]] == ["query", "index"]
+    assert "<h2>Predicted beside measured</h2>" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["plan", "{bert}", "--latency", "fast"], "Budget latency='fast' is not understood"),
+        (["plan", "{bert}", "--latency", "min"], 'latency="min" alone has no bound'),
+        (["plan", "{bert}", "--workload", "decode"], "workload 'decode' is not understood"),
+        (["compress", "{bert}", "--workload", "a=1x1", "a=2x2", "--out", "{tmp}/m"], "two workloads are called 'a'"),
         (["compress", "{bert}", "--budget", "fast", "--out", "{tmp}/m"], "'fast' is not understood"),
         (["compress", "{tmp}/nothing", "--out", "{tmp}/m"], "holds no config.json"),
         (["compress", "{bert}", "--calibration", "{tmp}/no.txt", "--out", "{tmp}/m"], "does not exist"),

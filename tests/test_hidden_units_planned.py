@@ -157,7 +157,7 @@ def test_every_site_of_a_group_is_offered_the_same_numbers(rewrites):
 
 def test_a_size_budget_says_why_units_are_not_weighed():
     plan = plan_only(layer(), "2x", calibration=vectors(), progress=False)
-    why = "for bytes alone quantized weights lose less; it is weighed where flops are bounded, or by name"
+    why = "for bytes alone quantized weights lose less; it is weighed where flops or time are bounded, or by name"
     assert [(site, said) for site, name, said in plan.refusals if name == "hidden_units"] == [
         ("up", why), ("down", why)
     ]  # fmt: skip

@@ -257,7 +257,7 @@ DAMAGE = {
     "a list": (lambda text: "[1, 2]", "is no plan written by Plan.save: it holds a list"),
     "no sites": (lambda text: text.replace('"sites"', '"places"'), "no plan written by Plan.save: KeyError 'sites'"),
     "another format": (
-        lambda text: text.replace('"format": 2', '"format": 99'),
+        lambda text: text.replace('"format": 3', '"format": 99'),
         "has format 99; this version reads format",
     ),
     "a bad budget": (lambda text: text.replace('"size": "2x"', '"size": "fast"'), "size='fast' is not understood"),

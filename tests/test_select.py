@@ -11,7 +11,8 @@ from fxcompress import Budget, Plan
 from fxcompress.core.errors import InfeasibleBudgetError
 from fxcompress.core.plan import KEEP, Candidate, SiteInfo
 from fxcompress.core.ties import Tie, label_of
-from fxcompress.cost_model.select import GAP, Item, Limits, choose, select, undominated
+from fxcompress.cost_model.knapsack import GAP, Item, Limits, select, undominated
+from fxcompress.cost_model.select import choose
 
 
 def instance(seed, sites=4, items=5):

@@ -52,6 +52,7 @@ from fxcompress.core.modes import forget
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.surgery import attribute_of, finish
 from fxcompress.cost_model.device import DeviceProfile, Target
+from fxcompress.cost_model.values import values_of
 
 aten = torch.ops.aten
 FUSED, PARALLEL = fused.fused._opoverload, fused.fused_parallel._opoverload
@@ -65,6 +66,9 @@ def lower_graph(
     """A copy of `gm` over the tensors it still reads and the packed weights, in eval mode."""
     work = gm.copy()
     forget(work.graph)
+    for node, value in values_of(work.graph).items():
+        if value is not None:  # what a rewrite made on the way (rows of a factor) carries none of its own
+            node.meta.setdefault("val", value)
     rule = Rule(profile, target, weight_bytes(work))
     for node in list(work.graph.nodes):
         if node.target in (FUSED, PARALLEL):

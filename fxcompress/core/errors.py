@@ -11,6 +11,10 @@ class BudgetError(FxcompressError, ValueError):
     """A budget that means nothing: `"fast"`, 0, negative, `"0.5x"`."""
 
 
+class WorkloadError(FxcompressError, ValueError):
+    """A workload that means nothing, or that the captured graph cannot be called with."""
+
+
 class InfeasibleBudgetError(FxcompressError, ValueError):
     """A budget no choice of rewrites can meet; the message states the achievable range."""
 

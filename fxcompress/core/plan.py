@@ -1,7 +1,8 @@
 """A plan is data: which rewrite at which site, every candidate that was weighed, and why the others lost.
 
-    predicted loss  = sum of the chosen candidates' losses                  (fxcompress.core.divergence says of what)
-    predicted bytes = sum of the chosen candidates' bytes + fixed bytes     (what no rewrite touches, and the files)
+    predicted loss    = sum of the chosen candidates' losses                (fxcompress.core.divergence says of what)
+    predicted bytes   = sum of the chosen candidates' bytes + fixed bytes   (what no rewrite touches, and the files)
+    predicted seconds = the same of each workload, once the model is lowered (fxcompress.passes.latency)
 
 It prints as a table, saves as JSON (the same bytes on every run with the same inputs), slices (`plan[:n]` applies the
 first n choices only: halving n finds the choice that broke a model), and replays through `compile(model, plan=plan)`.
@@ -16,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -24,9 +25,14 @@ from fxcompress.core.budget import Budget
 from fxcompress.core.divergence import Kind, readable
 from fxcompress.core.errors import PlanError
 from fxcompress.core.ties import Tie, label_of
-from fxcompress.core.units import format_bytes
+from fxcompress.core.units import format_bytes, format_seconds, speedup
+from fxcompress.core.workload import Workload, weighted
 
-FORMAT = 2
+if TYPE_CHECKING:
+    from fxcompress.cost_model.pareto import ParetoPoint
+    from fxcompress.report import Report
+
+FORMAT = 3  # 2 had no seconds, and is still read
 KEEP = "keep"
 
 
@@ -40,6 +46,7 @@ class Candidate:
     flops: float  # of one forward at the captured sizes
     error: float  # of the site, ||y - y'|| / ||y||
     loss: float  # predicted, of the model, when only this site is rewritten
+    seconds: tuple[float, ...] = ()  # of one call of each workload, all uses of the site; empty where none was priced
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,10 @@ class Plan:
     kind: Kind
     calibrated: bool
     gap: float
+    workload: tuple[Workload, ...] = ()  # what seconds are of, one for each; empty where no latency was asked
+    fixed_seconds: tuple[float, ...] = ()  # everything that is no site
+    original_seconds: tuple[float, ...] = ()  # of the model as it was, run the same way without compression
+    target: str = ""  # what it was priced for: "eager" or "inductor"
 
     def __getitem__(self, index: slice) -> Plan:
         """Some of the choices. Where a hidden layer is cut in half, the sites of it that are left are kept as they are:
@@ -99,6 +110,42 @@ class Plan:
     def predicted_error(self) -> float:
         return readable(self.predicted_loss, self.kind)
 
+    @property
+    def predicted_seconds(self) -> tuple[float, ...]:
+        """One call of each workload, lowered."""
+        chosen = {c.site for c in self.choices}
+        kept = [c for c in self.candidates if c.spec == KEEP and c.site not in chosen]
+        return tuple(
+            fixed + sum(c.seconds[w] for c in (*self.choices, *kept)) for w, fixed in enumerate(self.fixed_seconds)
+        )
+
+    @property
+    def latency(self) -> float:
+        """The mean of `predicted_seconds`, weighted; raises `PlanError` where nothing was priced."""
+        return weighted(self._priced().predicted_seconds, self.workload)
+
+    @property
+    def original_latency(self) -> float:
+        """The same of the model as it was."""
+        return weighted(self._priced().original_seconds, self.workload)
+
+    def seconds_of(self, candidate: Candidate) -> float:
+        """Its mean over the workloads, weighted; 0 where nothing was priced."""
+        return weighted(candidate.seconds, self.workload) if self.workload else 0.0
+
+    def slows(self, kind: str, candidate: Candidate, kept: Candidate) -> bool:
+        """True where `candidate` takes longer than the weight as it is, at a site of that kind. A lookup is hardly any
+        time either way: it counts in the sum, and is not turned away for a microsecond of unpacking."""
+        return kind != "embedding" and self.seconds_of(candidate) > self.seconds_of(kept)
+
+    def _priced(self) -> Plan:
+        if not self.workload:
+            raise PlanError(
+                "the plan holds no seconds: no latency was asked when it was made. Make it with "
+                'compile(model, Budget(latency="2x"), workload=[("decode", 1, 1)]).'
+            )
+        return self
+
     def explain(self, site: str) -> str:
         """Every candidate of one site, best loss first, with why it lost."""
         info = next((s for s in self.sites if s.name == site), None)
@@ -111,10 +158,13 @@ class Plan:
         mine = sorted((c for c in self.candidates if c.site == site), key=lambda c: (c.loss, c.bytes))
         chosen = self.spec_of(site)
         pick = next(c for c in mine if c.spec == chosen)
-        rows = [(c.spec, format_bytes(c.bytes), f"{c.error:.4f}", f"{c.loss:.3g}", _why(c, pick, mine)) for c in mine]
-        table = tabulate(
-            rows, headers=["rewrite", "bytes", "site error", "model loss", "verdict"], disable_numparse=True
-        )
+        rows = [
+            (c.spec, format_bytes(c.bytes), f"{c.error:.4f}", f"{c.loss:.3g}", *map(format_seconds, c.seconds),
+             self._why(info.kind, c, pick, mine))
+            for c in mine
+        ]  # fmt: skip
+        heads = ["rewrite", "bytes", "site error", "model loss", *(w.name for w in self.workload), "verdict"]
+        table = tabulate(rows, headers=heads, disable_numparse=True)
         refused = [f"refused: {name}: {why}" for at, name, why in self.refusals if at == site]
         return "\n".join([f"{site}: {info.kind}, {info.rows} x {info.columns}", "", table, *refused])
 
@@ -145,13 +195,41 @@ class Plan:
             f"optimal within {self.gap:.1e}"
         )
         table = tabulate(rows, headers=heads, disable_numparse=True, colalign=("left", "left", "left", *("right",) * 4))
-        return "\n".join([head, "", table, "", tail, *_refusal_lines(self.refusals)])
+        seconds = _second_lines(self) if self.workload else []
+        return "\n".join([head, "", table, "", tail, *seconds, *refusal_lines(self.refusals)])
+
+    def _why(self, kind: str, c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
+        kept = next(o for o in all_of_site if o.spec == KEEP)
+        asked, longer = self.budget.latency is not None, self.seconds_of(c) - self.seconds_of(pick)
+        if c is not pick and asked and self.slows(kind, c, kept):
+            times = f"{format_seconds(self.seconds_of(c))} a call against {format_seconds(self.seconds_of(kept))}"
+            return f"slower here than the weight as it is: {times}"
+        if asked and longer > 0 and c.loss <= pick.loss and (self.budget.size is None or c.bytes <= pick.bytes):
+            return f"{format_seconds(longer)} more a call; that time saves more loss at other sites"
+        return _why(c, pick, all_of_site)
+
+    def pareto(self, sizes: int = 12, latencies: int = 4) -> list[ParetoPoint]:
+        """The best plans between small, fast and exact, from the candidates of this one (fxcompress.cost_model.pareto);
+        some tens of exact choices, each in `.plan` of a point of bytes, seconds and error."""
+        from fxcompress.cost_model.pareto import pareto
+
+        return pareto(self, sizes, latencies)
+
+    def to_html(self, report: Report | None = None) -> str:
+        """One self-contained page: the Pareto front, every site, refusals, and predicted beside measured with a report.
+        """
+        from fxcompress.html_report import html_of
+
+        return html_of(self, report)
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         order = [f.name for f in dataclasses.fields(Candidate)]
         for key in ("choices", "candidates"):
-            data[key] = [[_rounded(entry[name]) for name in order] for entry in data[key]]
+            data[key] = [[_rounded(entry[name]) for name in order if entry[name] != ()] for entry in data[key]]
+        for key in ("fixed_seconds", "original_seconds"):
+            data[key] = _rounded(data[key])
+        data["workload"] = [list(w.values()) for w in data["workload"]]
         data["sites"] = [list(s.values()) for s in data["sites"]]
         data["ties"] = [[t["by"], *t["sites"]] for t in data["ties"]]
         return {"format": FORMAT, **data}
@@ -160,12 +238,12 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Raises `PlanError` for anything `to_json` did not write."""
         try:
-            if data["format"] != FORMAT:
+            if data["format"] not in (2, FORMAT):
                 raise PlanError(f"the plan has format {data['format']!r}; this version reads format {FORMAT}.")
-            return cls(
+            made = cls(
                 tuple(SiteInfo(*entry) for entry in data["sites"]),
-                tuple(Candidate(*entry) for entry in data["choices"]),
-                tuple(Candidate(*entry) for entry in data["candidates"]),
+                tuple(_candidate(entry) for entry in data["choices"]),
+                tuple(_candidate(entry) for entry in data["candidates"]),
                 tuple((str(a), str(b), str(c)) for a, b, c in data["refusals"]),
                 tuple(Tie(by, tuple(names)) for by, *names in data["ties"]),
                 Budget(**data["budget"]),
@@ -174,7 +252,16 @@ class Plan:
                 data["kind"],
                 bool(data["calibrated"]),
                 float(data["gap"]),
+                tuple(Workload(*entry) for entry in data.get("workload", ())),
+                tuple(map(float, data.get("fixed_seconds", ()))),
+                tuple(map(float, data.get("original_seconds", ()))),
+                str(data.get("target", "")),
             )
+            count = {len(c.seconds) for c in (*made.choices, *made.candidates)}
+            count |= {len(made.fixed_seconds), len(made.original_seconds)}
+            if count != {len(made.workload)}:
+                raise PlanError(f"the plan has seconds of {sorted(count)} workloads and names {len(made.workload)}.")
+            return made
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
@@ -212,12 +299,20 @@ class Plan:
         return cls.from_json(data)
 
 
+def _candidate(entry: list[Any]) -> Candidate:
+    plain = Candidate(*entry[:6])
+    return plain if len(entry) < 7 else dataclasses.replace(plain, seconds=tuple(map(float, entry[6])))
+
+
 def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
     if c is pick:
         return "chosen"
     label = label_of("units", c.spec)
     rivals = [o for o in all_of_site if label_of("units", o.spec) == label and o != c]
-    better = next((o for o in rivals if o.bytes <= c.bytes and o.loss <= c.loss), None)
+    better = next(
+        (o for o in rivals if o.bytes <= c.bytes and o.loss <= c.loss and all(map(float.__le__, o.seconds, c.seconds))),
+        None,
+    )
     if better is not None:
         return f"dominated by {better.spec}"
     if label != label_of("units", pick.spec):
@@ -227,7 +322,7 @@ def _why(c: Candidate, pick: Candidate, all_of_site: list[Candidate]) -> str:
     return f"{c.loss - pick.loss:.2g} more loss; other sites give up bytes more cheaply"
 
 
-def _refusal_lines(refusals: tuple[tuple[str, str, str], ...]) -> list[str]:
+def refusal_lines(refusals: tuple[tuple[str, str, str], ...]) -> list[str]:
     """One line a reason: the rewrites it was given for, and where. Reasons that differ in one percentage are one."""
     reasons: dict[str, dict[str, list[str]]] = {}
     shares: dict[str, list[int]] = {}
@@ -243,6 +338,18 @@ def _refusal_lines(refusals: tuple[tuple[str, str, str], ...]) -> list[str]:
     ]
 
 
+def _second_lines(plan: Plan) -> list[str]:
+    """One a workload, and the mean where there are several."""
+    told = [
+        f"{workload}: predicted {speedup(before, after)} a call, lowered to {plan.target}"
+        for workload, before, after in zip(plan.workload, plan.original_seconds, plan.predicted_seconds)
+    ]
+    if len(plan.workload) > 1:
+        weights = ", ".join(f"{w.weight:g} {w.name}" for w in plan.workload)
+        told.append(f"mean of {weights}: predicted {speedup(plan.original_latency, plan.latency)} a call")
+    return told
+
+
 _SHARE = re.compile(r"(\d+)%")
 
 
@@ -253,4 +360,6 @@ def _span(shares: list[int]) -> str:
 
 def _rounded(value: Any) -> Any:
     """Seven significant digits: the file must not tell two runs apart by the last bits of a sum."""
+    if isinstance(value, tuple):
+        return [_rounded(one) for one in value]
     return float(f"{value:.6e}") if isinstance(value, float) else value
