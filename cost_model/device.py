@@ -106,11 +106,10 @@ class DeviceProfile:
     error: tuple[float, float]
 
     def bare_seconds(
-        self, kernel: str, tokens: float, rows: int, columns: int, *, working_set: float = 0, packed: bool = False
+        self, kernel: str, tokens: float, rows: int, columns: int, *, working_set: float = 0
     ) -> float:
-        """Of the library call alone. packed: with a weight that Inductor reordered once, where there is such a form."""
-        name = f"{kernel}_packed" if packed and f"{kernel}_packed" in self.products else kernel
-        cached, streamed = self.products[name]
+        """Of the library call alone."""
+        cached, streamed = self.products[kernel]
         near, share = cached.at(tokens, rows, columns), self._streamed(working_set)
         return near if not share else near ** (1 - share) * streamed.at(tokens, rows, columns) ** share
 
@@ -124,7 +123,7 @@ class DeviceProfile:
         around += sum(self.pass_seconds(name, tokens, rows, target) for name in after)
         if around and target == "inductor":  # one loop between two library calls
             around += self.overheads["inductor.kernel"]
-        bare = self.bare_seconds(kernel, tokens, rows, columns, working_set=working_set, packed=target == "inductor")
+        bare = self.bare_seconds(kernel, tokens, rows, columns, working_set=working_set)
         return bare + around
 
     def pass_seconds(self, name: str, rows: float, columns: float, target: Target) -> float:

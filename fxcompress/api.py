@@ -106,8 +106,8 @@ def compile(
     workload: what latency is of: `[("decode", 1, 1), ("prefill", 8, 512, 0.3)]`, (name, batch, sequence, calls); by
         default one call of the example inputs' shape. With it, or with `Budget(latency=…)`, seconds are predicted from
         this machine's profile (measured first where there is none: two minutes), for the model lowered to `lower`, or
-        to what the plan was made for, or else "eager"; and measured at the end, beside the original run the same way
-        (seconds for "eager", minutes of compiling for "inductor").
+        to what the plan was made for, or else "inductor"; and measured at the end, beside the original run the same
+        way (seconds for "eager", minutes of compiling for "inductor").
 
     Raises `BudgetError`, `InfeasibleBudgetError`, `CaptureError`, `CalibrationError`, `LoweringError`,
     `NonFiniteError`, `PlanError`, `SpecError` or `WorkloadError`.
@@ -223,7 +223,7 @@ def _pricing(
         workload = (shape_of(original, call),)
     for one in workload:
         bind(original, one)  # before minutes are spent on a profile
-    target: Target = lower or (told.target if told is not None else "eager")  # type: ignore[assignment]
+    target: Target = lower or (told.target if told is not None else "inductor")  # type: ignore[assignment]
     profile = profiling.cached() or profiling.profile(progress)
     return Pricing.of(original, workload, profile, target)
 

@@ -269,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--save", help="also write the plan as JSON")
     plan.add_argument("--html", metavar="FILE", help="also write a page: Pareto front, every weight, refusals")
     plan.add_argument(
-        "--lower", choices=get_args(Target), help="what seconds are predicted for (default eager; for --latency)"
+        "--lower", choices=get_args(Target), help="what seconds are predicted for (default inductor; for --latency)"
     )
     plan.add_argument("--explain", metavar="SITE", help="print every candidate of one site, and why it lost")
     inspect.add_argument("folder", metavar="DIR", help="folder written by `fxcompress compress` or fxcompress.save")

@@ -101,7 +101,7 @@ def table(profile: DeviceProfile) -> str:
 
 
 def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
-    names, between = measure.kernels(), measure.Between()
+    names, between, company = measure.kernels(), measure.Between(), measure.Company()
     passes, compiled = list(PASSES), list(COMPILED)
     total = measure.ROUNDS * (len(names) + len(passes) + len(measure.ATTENTION)) + len(compiled) + 3
     several = replace(sizes, rows=sizes.looped)
@@ -113,7 +113,7 @@ def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
             bar.update()
             return found
 
-        overheads: dict[str, float] = told("overheads", partial(measure.overheads, between))
+        overheads: dict[str, float] = told("overheads", partial(measure.overheads, between, company))
         products: dict[str, tuple[Grid, Grid]] = {}
         alone: dict[str, Grid] = {}
         attention: dict[str, Grid] = {}
@@ -124,7 +124,7 @@ def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
                 products[name] = _least(before[0], pair[0]), _least(before[1], pair[1])
             for name in passes:
                 run, given = PASSES[name]
-                grid = told(name, partial(measure.pass_grid, run, given, sizes, between))
+                grid = told(name, partial(measure.pass_grid, run, given, sizes, company))
                 alone[f"eager.{name}"] = _least(alone.get(f"eager.{name}", grid), grid)
             for name in measure.ATTENTION:
                 grid = told(name, partial(measure.attention_grid, name, sizes, between))

@@ -5,7 +5,7 @@ import itertools
 from fxcompress.cost_model.device import DeviceProfile, Grid
 
 # Multiplications and additions a second.
-RATES = {"float": 1e11, "bf16": 2e11, "bf16_packed": 2e11, "int8": 4e11, "int8_weight": 1e11, "int4_weight": 1e11}
+RATES = {"float": 1e11, "bf16": 2e11, "int8": 4e11, "int8_weight": 1e11, "int4_weight": 1e11}
 LAUNCH = 2e-6  # of a product
 TOKENS, FEATURES, ROWS, COLUMNS = (1, 16, 256, 4096), (16, 256, 4096), (1, 64, 4096), (16, 256, 4096)
 PASSES = ("add", "mul", "tanh", "gelu", "quick_gelu", "cast", "copy", "norm", "softmax", "round", "scale",

@@ -148,7 +148,7 @@ def test_an_error_budget_is_kept_with_latency(known):
 
 def test_a_latency_that_was_missed_is_said(caplog, monkeypatch):
     """The made-up device is faster than any that runs this."""
-    slow = profile(float=1e6, bf16=1e6, bf16_packed=1e6)  # int8 promises to be thousands of times faster
+    slow = profile(float=1e6, bf16=1e6)  # int8 promises to be thousands of times faster
     monkeypatch.setattr(profiling, "cached", lambda: slow)
     with caplog.at_level(logging.WARNING, "fxcompress"):
         made = compiled(slow, Budget("2x", latency="1000x"))

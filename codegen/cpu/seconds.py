@@ -154,13 +154,10 @@ class _Walk:
 
     def _library(self, kernel: str, tokens: float, rows: int, columns: int) -> float:
         """The call; the loop before it, with what it rounds, ends here, and one begins that scales."""
-        packed = self.target == "inductor"
         if kernel != "float" or self.open:
             self.loops += 1
         self.near, self.open = set(), kernel != "float"
-        return self.profile.bare_seconds(
-            kernel, tokens, rows, columns, working_set=self.working_set, packed=packed
-        )
+        return self.profile.bare_seconds(kernel, tokens, rows, columns, working_set=self.working_set)
 
     def _plain_product(self, name: str, args: tuple[Any, ...], out: Tensor) -> float:
         x, w = (args[1], args[2]) if name in ("addmm", "baddbmm") else args[:2]
