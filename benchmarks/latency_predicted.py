@@ -1,7 +1,7 @@
 """Seconds of whole models: predicted from the profile of this machine, beside measured.
 
     fxcompress profile
-    python benchmarks/latency_predicted.py [--target eager] [--models minilm,bert,gpt2,vit] [--threads 2]
+    python benchmarks/latency_predicted.py [--target eager] [--models minilm,bert,gpt2,vit] [--sizes 4x]
 
 Four models at three shapes and three sizes, and as they came: all-MiniLM-L6-v2, BERT-base and GPT-2 small with random
 weights, a vision transformer for MNIST. Nothing of the profile is fitted to them. Measured as the profile is: calls
@@ -44,7 +44,7 @@ def main() -> None:
     profile, rows = here(), []
     for name in options.models.split(","):
         model, given, shapes = MODELS[name]()
-        for size in ("1x", "2x", "4x", "8x"):
+        for size in options.sizes.split(","):
             graph, run = made(model, given(*shapes[1]), size, options.target)
             inputs = [given(*shape) for shape in shapes]
             predicted = [float(seconds_of(graph, profile, bound(graph, x), options.target)) for x in inputs]
@@ -131,6 +131,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", choices=("eager", "inductor"), default="eager")
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--sizes", default="1x,2x,4x,8x")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

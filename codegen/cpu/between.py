@@ -28,10 +28,11 @@ def _norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), w, b)
 
 
-def _softmax(scores: Tensor) -> Tensor:
+def _softmax(scores: Tensor) -> Any:
+    """As between the two products of fxcompress.codegen.cpu.pointwise.attention: divided by its sum later."""
     wide = scores.float()
     shares = (wide - wide.amax(-1, keepdim=True).clamp_min(-1e30)).exp()
-    return (shares / shares.sum(-1, keepdim=True).clamp_min(1e-30)).to(scores.dtype)
+    return shares.to(scores.dtype), shares.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
 def _copy(x: Tensor) -> Tensor:
