@@ -5,9 +5,7 @@
 
 Four models at three shapes and three sizes, and as they came: all-MiniLM-L6-v2, BERT-base and GPT-2 small with random
 weights, a vision transformer for MNIST. Nothing of the profile is fitted to them. Measured as the profile is: calls
-one by one, the median of a round, the least of rounds far apart. Sizes by fixed specs, so that nothing is calibrated.
-`pace` is what a few products of the profile take in the same rounds, over what it says they take: above 1, the machine
-is slower than when it was profiled. `off by` is predicted over measured, `at pace` the same with predicted x pace.
+one by one, the median of a round, the least of rounds far apart. Sizes by fixed specs, so that nothing is calibrated:
 
     2x    every second weight in 8 bits, the others kept       4x    8 bits       8x    4 bits in groups of 32
 """
@@ -30,15 +28,12 @@ from torch import Tensor, nn
 
 import fxcompress
 from benchmarks.models import minilm, vit_mnist
-from fxcompress.codegen.cpu.measure import Between, product_seconds
 from fxcompress.codegen.cpu.seconds import seconds_of
 from fxcompress.core.capture import capture
-from fxcompress.cost_model.device import DeviceProfile
 from fxcompress.profiling import here
 
 EIGHT, FOUR = "quantize{bits=8, group_size=0}", "quantize{bits=4, group_size=32}"
 ROUNDS, CALLS = 9, 3
-SIZE = (64, 1024, 1024)  # tokens, rows, columns: of the profile's grid
 Inputs = dict[str, Tensor]
 
 
@@ -53,20 +48,13 @@ def main() -> None:
             graph, run = made(model, given(*shapes[1]), size, options.target)
             inputs = [given(*shape) for shape in shapes]
             predicted = [float(seconds_of(graph, profile, bound(graph, x), options.target)) for x in inputs]
-            times, pace = measured(run, inputs, profile)
-            for shape, there, found in zip(shapes, predicted, times):
-                off = there / found - 1, pace * there / found - 1
-                rows.append((name, size, " x ".join(map(str, shape)), there, found, pace, *off))
+            for shape, there, found in zip(shapes, predicted, measured(run, inputs)):
+                rows.append((name, size, " x ".join(map(str, shape)), there, found, there / found - 1))
                 print(*rows[-1], file=sys.stderr, flush=True)
-    table = [
-        (*key, f"{p * 1e3:.2f} ms", f"{m * 1e3:.2f} ms", f"{off:+.0%}", f"{pace:.2f}", f"{paced:+.0%}")
-        for *key, p, m, pace, off, paced in rows
-    ]
+    table = [(*key, f"{p * 1e3:.2f} ms", f"{m * 1e3:.2f} ms", f"{off:+.0%}") for *key, p, m, off in rows]
     print(f"{profile.device}, {profile.threads} threads, {options.target}\n")
-    heads = ["model", "size", "shape", "predicted", "measured", "off by", "pace", "at pace"]
-    print(tabulate(table, headers=heads, disable_numparse=True))
-    plain, paced = (statistics.median(abs(row[i]) for row in rows) for i in (-2, -1))
-    print(f"\nmedian |off| {plain:.1%}, at pace {paced:.1%}, over {len(rows)}")
+    print(tabulate(table, headers=["model", "size", "shape", "predicted", "measured", "off by"], disable_numparse=True))
+    print(f"\nmedian |off| {statistics.median(abs(row[-1]) for row in rows):.1%} over {len(rows)}")
 
 
 def made(model: nn.Module, inputs: Inputs, size: str, target: Any) -> tuple[Any, Callable[..., Any]]:
@@ -90,18 +78,13 @@ def bound(graph: Any, inputs: Inputs) -> Mapping[str, int]:
     return found
 
 
-def measured(run: Callable[..., Any], inputs: list[Inputs], profile: DeviceProfile) -> tuple[list[float], float]:
-    """Seconds of a call for each of the inputs, and the pace."""
-    between, paces = Between(), []
+def measured(run: Callable[..., Any], inputs: list[Inputs]) -> list[float]:
+    """Seconds of a call for each of the inputs."""
     found: list[list[float]] = [[] for _ in inputs]
     with torch.no_grad():
         for x in inputs:
             run(**x), run(**x)
         for _ in range(ROUNDS):
-            paces.append(statistics.mean(
-                product_seconds(kernel, *SIZE, between) / profile.bare_seconds(kernel, *SIZE)
-                for kernel in ("float", "bf16", "int8")
-            ))  # fmt: skip
             for x, medians in zip(inputs, found):
                 calls = []
                 for _ in range(CALLS):
@@ -109,7 +92,7 @@ def measured(run: Callable[..., Any], inputs: list[Inputs], profile: DeviceProfi
                     run(**x)
                     calls.append(time.perf_counter() - begun)
                 medians.append(statistics.median(calls))
-    return [min(medians) for medians in found], min(paces)
+    return [min(medians) for medians in found]
 
 
 def _tokens(batch: int, seq: int) -> Inputs:
