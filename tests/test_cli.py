@@ -78,7 +78,8 @@ def test_plan_and_compress_under_a_latency(bert: Path, tmp_path: Path, capsys, m
     common = ["--calibration", str(bert / "texts.txt"), "--quiet", "--rewrites", "quantize", "--latency", "1x"]
     work = ["--workload", "query=1x8", "index=16x12:0.1"]
     page, saved, out = tmp_path / "plan.html", tmp_path / "plan.json", tmp_path / "m"
-    assert main(["plan", str(bert), *common, *work, "--html", str(page), "--save", str(saved)]) == 0
+    told = ["--lower", "eager", "--html", str(page), "--save", str(saved)]
+    assert main(["plan", str(bert), *common, *work, *told]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("plan: latency <= 1x\n")
     assert "query (1 x 8): predicted " in printed
@@ -89,7 +90,7 @@ def test_plan_and_compress_under_a_latency(bert: Path, tmp_path: Path, capsys, m
     printed = capsys.readouterr().out
     assert printed.startswith("plan: size <= 2x, latency <= 1 s\n")
     assert "a call, lowered to inductor" in printed
-    assert main(["compress", str(bert), *common, *work, "--out", str(out)]) == 0
+    assert main(["compress", str(bert), *common[:3], "--plan", str(saved), "--out", str(out)]) == 0
     assert "query (1 x 8) a call" in capsys.readouterr().out
     assert main(["inspect", str(out), "--html", str(page), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

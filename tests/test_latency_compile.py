@@ -83,9 +83,11 @@ def test_a_candidate_takes_what_its_products_take_in_the_lowered_graph(spec, pro
     assert changed - kept == pytest.approx(seconds - as_it_is, abs=1e-5)  # a bias, a view: a few passes of 1 us
 
 
-def compiled(known, budget, **more):
-    few = ["quantize", "low_rank"]
-    return fxcompress.compile(mixer(), budget, calibration=IDS, rewrites=few, progress=False, **more)
+def compiled(known, budget, workload=None, lower=None):
+    """Priced for eager, where nothing is compiled for minutes."""
+    given = {"calibration": IDS, "rewrites": ["quantize", "low_rank"], "progress": False}
+    plan = plan_only(mixer(), budget, lower="eager", workload=workload, **given)
+    return fxcompress.compile(mixer(), budget, plan=plan, lower=lower, **given)
 
 
 def test_compile_predicts_and_measures_each_workload(known):
@@ -116,6 +118,11 @@ def test_measured_bytes_are_what_save_writes_and_seconds_come_back(known, tmp_pa
     assert loaded.plan.workload == made.plan.workload
 
 
+def test_the_default_target_is_inductor(known):
+    plan = plan_only(mixer(), Budget(latency="1.2x"), calibration=IDS, rewrites=["quantize"], progress=False)
+    assert plan.target == "inductor"
+
+
 def test_the_default_workload_is_one_call_of_the_example_inputs(known):
     plan = plan_only(mixer(), Budget(latency="1.2x"), example_inputs=(torch.zeros(3, 7, dtype=torch.long),),
                      calibration=IDS, rewrites=["quantize"], progress=False)  # fmt: skip
@@ -131,7 +138,10 @@ def test_a_workload_alone_is_predicted_and_bounds_nothing(known):
 def test_a_plan_is_priced_anew_for_another_workload_and_replayed_without_a_profile(known, monkeypatch):
     plan = plan_only(mixer(), "2x", calibration=IDS, rewrites=["quantize"], progress=False)
     assert plan.workload == ()
-    made = compiled(known, Budget("2x", latency="1.2x"), plan=plan, workload=[("some", 4, 12)])
+    given = {"calibration": IDS, "progress": False}
+    made = fxcompress.compile(
+        mixer(), Budget("2x", latency="1.2x"), plan=plan, workload=[("some", 4, 12)], lower="eager", **given
+    )
     assert made.plan.workload == (Workload("some", 4, 12),)
     assert {(c.site, c.spec) for c in made.plan.candidates} == {(c.site, c.spec) for c in plan.candidates}
     monkeypatch.setattr(profiling, "cached", lambda: pytest.fail("a plan that holds its seconds needs no profile"))
