@@ -127,14 +127,14 @@ def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
                 grid = told(name, partial(measure.pass_grid, run, given, sizes, company))
                 alone[f"eager.{name}"] = _least(alone.get(f"eager.{name}", grid), grid)
             for name in measure.ATTENTION:
-                grid = told(name, partial(measure.attention_grid, name, sizes, between))
+                grid = told(name, partial(measure.attention_grid, name, sizes, measure.nothing))
                 attention[name] = _least(attention.get(name, grid), grid)
         for name in compiled:
             run, given = COMPILED[name]
             loop, less = measure.compiled(run), overheads["inductor.alone"]
             told(name, partial(loop, *given(8, 64)))
-            alone[f"inductor.{name}"] = measure.pass_grid(loop, given, several, between, less)
-        fused = told("fused", partial(_fused, alone, several, between, overheads["inductor.alone"]))
+            alone[f"inductor.{name}"] = measure.pass_grid(loop, given, several, measure.nothing, less)
+        fused = told("fused", partial(_fused, alone, several, overheads["inductor.alone"]))
         made = DeviceProfile(
             device_name(), torch.get_num_threads(), versions(), datetime.date.today().isoformat(),
             measure.cache_bytes(), products, alone, attention, overheads, fused, (0.0, 0.0),
@@ -148,7 +148,7 @@ def _least(one: Grid, other: Grid) -> Grid:
     return Grid(one.axes, tuple(b if a is None else a if b is None else min(a, b) for a, b in pairs))
 
 
-def _fused(alone: dict[str, Grid], sizes: Sizes, between: measure.Between, less: float) -> Grid:
+def _fused(alone: dict[str, Grid], sizes: Sizes, less: float) -> Grid:
     """Seconds of passes in one loop over those of the same passes alone, by elements: the mean of groups."""
     elements, columns = tuple(sorted({r * sizes.columns[1] for r in sizes.rows})), sizes.columns[1]
     found = []
@@ -156,7 +156,7 @@ def _fused(alone: dict[str, Grid], sizes: Sizes, between: measure.Between, less:
     for rows in sizes.rows:
         shares = []
         for loop, names, given in loops:
-            together = measure.seconds_of_calls([partial(loop, *given(rows, columns))], between) - less
+            together = measure.seconds_of_calls([partial(loop, *given(rows, columns))], measure.nothing) - less
             shares.append(together / sum(alone[f"inductor.{name}"].at(rows, columns) for name in names))
         found.append(min(max(statistics.mean(shares), 0.1), 1.0))
     return Grid((elements,), tuple(found))

@@ -7,8 +7,8 @@
 
 Cached: copies of the weight, more than the second-level cache holds and less than the third, used in turn. Streamed:
 after a read of twice the third-level cache. Every call is timed by itself, with others before it (`Between`,
-`Company`), and the least but one kept; it happens in ROUNDS far apart and the least is kept: what else ran on the
-machine for a while is not in the table.
+`Company`, `nothing`), and the least but one kept; it happens in ROUNDS far apart and the least is kept: what else ran
+on the machine for a while is not in the table.
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ class Between:
     def empty_caches(self) -> None:
         """Of data, all of it."""
         self.large.sum()
+
+
+def nothing() -> None:
+    """What a compiled model does between two loops, or before attention: what they read was written just now."""
 
 
 class Company(Between):
@@ -191,7 +195,7 @@ def product_seconds(name: str, tokens: int, rows: int, columns: int, between: Be
     return cached
 
 
-def pass_grid(run: Callable[..., Any], given: Given, sizes: Sizes, between: Between,
+def pass_grid(run: Callable[..., Any], given: Given, sizes: Sizes, between: Run,
               less: float = 0.0) -> Grid:  # fmt: skip
     """Seconds beyond `less`, those of a call that does nothing."""
     axes = (sizes.rows, sizes.columns)
@@ -256,7 +260,7 @@ ATTENTION: Mapping[str, Callable[[int, int, int], Run]] = {
 }
 
 
-def attention_grid(name: str, sizes: Sizes, between: Between) -> Grid:
+def attention_grid(name: str, sizes: Sizes, between: Run) -> Grid:
     """Of one kind of attention."""
     axes = (sizes.heads, sizes.positions, sizes.head)
     found: list[float | None] = []
@@ -295,7 +299,7 @@ def _small_products(x: Tensor, w: Tensor, loops: bool) -> Tensor:
 def overheads(between: Between, company: Company) -> dict[str, float]:
     """Seconds of a call, of a node that only views, of reading a weight, of a compiled loop between library calls."""
 
-    def seconds(run: Run, beside: Between = between) -> float:
+    def seconds(run: Run, beside: Run = between) -> float:
         return seconds_of_calls([run], beside, 41)
 
     x, y, w = torch.randn(4, 2, 8), torch.randn(8, 64), torch.randn(64, 64)
@@ -309,7 +313,7 @@ def overheads(between: Between, company: Company) -> dict[str, float]:
     for i in range(100):
         held.register_buffer(f"packed_{i}", x)
     found["eager.attribute"] = seconds(lambda: [getattr(held, f"packed_{i}") for i in range(100)], company) / 100
-    found["inductor.alone"] = seconds(partial(compiled(PASSES["add"][0]), y, y))
+    found["inductor.alone"] = seconds(partial(compiled(PASSES["add"][0]), y, y), nothing)
     plain = seconds(partial(compiled(lambda x, w: _small_products(x, w, False)), y, w))
     loops = seconds(partial(compiled(lambda x, w: _small_products(x, w, True)), y, w))
     found["inductor.kernel"] = (loops - plain) / 8
