@@ -40,8 +40,9 @@ OFF = 1.25  # measured over predicted error, either way, from which prices are c
 
 def carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None) -> SignedModule:
     """Rewrite, and keep the promise of the budget; where the prices did not hold, correct them and choose anew."""
-    roles, first = find_roles(original, known.informed), plan.predicted_error
-    best = _meet(original, known, plan, budget, roles, first)
+    roles = find_roles(original, known.informed)
+    best = _meet(original, known, plan, budget, roles, None)
+    first = best.plan.predicted_error
     for _ in range(CORRECTIONS if budget is not None and plan.calibrated else 0):
         if not _is_off(best.report):
             break
@@ -94,7 +95,7 @@ def _weights(
 
 def _meet(
     original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None, roles: Mapping[str, Role | str],
-    first: float,
+    first: float | None,
 ) -> SignedModule:  # fmt: skip
     """Rewrite; where the measured size or error breaks the promise, choose anew with what was measured, and rewrite."""
     room, target = budget, None if budget is None or budget.error is None else budget.error

@@ -78,6 +78,14 @@ def test_corrected_prices_add_up_to_what_was_measured():
         assert after.loss == pytest.approx(before.loss * factors.get(before.site, 1.0))
 
 
+def test_a_report_tells_of_corrections_only_where_there_were_some():
+    model, x = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)).eval(), torch.randn(256, 64)
+    report = fxcompress.compile(model, "3.9x", calibration=[(x,)], rewrites=["quantize"], progress=False).report
+    assert not _is_off(report)
+    assert report.first_error is None
+    assert "corrected" not in str(report)
+
+
 def test_when_prices_are_off():
     class Told:
         def __init__(self, predicted, measured):
