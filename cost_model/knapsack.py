@@ -108,8 +108,10 @@ def select(
         gap = max(0.0, found.cost - relaxed.lowest) / max(abs(found.cost), 1e-300)
         slack = ROUNDING * (abs(relaxed.lowest) + abs(found.cost) + float(np.abs(every.cost).max()))
         open_ &= relaxed.lowest + relaxed.reduced <= found.cost + slack  # what is not can be in no better choice
-        if gap <= enough or (found.gap <= enough and not (open_ & ~narrow).any()):
-            return Selection(every.picked(found.chosen), min(gap, found.gap))
+        if not (open_ & ~narrow).any():
+            gap = min(gap, found.gap)  # HiGHS has seen every item that could do better
+        if gap <= enough:
+            return Selection(every.picked(found.chosen), gap)
     found = _solve(every, open_, ties, enough)
     if found is None:
         raise InfeasibleBudgetError("no choice of rewrites meets every bound")
