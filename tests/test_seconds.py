@@ -1,15 +1,18 @@
 """Seconds of graphs against sums by hand, on a profile by formula."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxcompress
+from fxcompress.codegen.cpu import pointwise
 from fxcompress.codegen.cpu.seconds import chain_seconds, seconds_of
 from fxcompress.core.capture import capture
 from fxcompress.core.errors import InputError
-from tests.profiling import by_formula
+from tests.profiling import by_formula, grid
 
 WIDE = 192
 vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 products need VNNI")
@@ -96,3 +99,17 @@ def test_attention_norms_and_lookups_are_priced(target):
     found = seconds_of(gm, by_formula(), {batch: 2, seq: 16}, target).nodes
     for name in ("embedding", "layer_norm", "linear", "scaled_dot_product_attention"):
         assert any(name in node for node in found), name
+
+
+@pytest.mark.parametrize(("batch", "positions", "kind"), [(1, 32, "float"), (1, 33, "bf16"), (2, 32, "bf16")])
+def test_attention_is_priced_in_the_dtype_it_runs_in(batch, positions, kind):
+    graph = fx.Graph()
+    q, k, v = (graph.placeholder(name) for name in "qkv")
+    for node in (q, k, v):
+        node.meta["val"] = torch.randn(batch, 4, positions, 16)
+    graph.output((graph.call_function(pointwise.attention, (q, k, v, None, None)),))
+    p = by_formula()
+    table = grid(((1,), (1,), (16,)), lambda *_: 1.0)
+    dear = dataclasses.replace(p, attention={**p.attention, f"products_{kind}": table})
+    (found, more) = (seconds_of(fx.GraphModule(nn.Module(), graph), of, {}, "inductor").total for of in (p, dear))
+    assert more > found + 0.9

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.codegen.cpu import pointwise, products
 from fxcompress.codegen.cpu.lower import weight_bytes
 from fxcompress.codegen.cpu.module import LoweredModule
-from fxcompress.codegen.cpu.rules import Rule, attends_in_full, kernel_at, kernels_of
+from fxcompress.codegen.cpu.rules import Rule, attends_in_float, attends_in_full, kernel_at, kernels_of
 from fxcompress.core.errors import InputError
 from fxcompress.core.surgery import attribute_of
 from fxcompress.cost_model.device import DeviceProfile, Target
@@ -181,11 +181,11 @@ class _Walk:
         heads, positions, size = q.shape[0] * q.shape[1], k.shape[2], q.shape[3]
         if not attends_in_full(positions):
             return self._flash(args, {})
-        rows = heads * q.shape[2]
+        rows, kind = heads * q.shape[2], "float" if attends_in_float(q.shape[0], positions) else "bf16"
         self.loops += 2  # q, k and v to bf16 for the first product; the softmax for the second
         self.near, self.open = set(), True
         seconds = self._around("softmax", rows, positions) + self._around("mul", rows, size)
-        return seconds + self.profile.attention_seconds("products_bf16", heads, positions, size)
+        return seconds + self.profile.attention_seconds(f"products_{kind}", heads, positions, size)
 
     def _flash(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         q, k = args[:2]
