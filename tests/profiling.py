@@ -1,4 +1,4 @@
-"""A profile by formula, for tests: seconds anybody can check, and none measured."""
+"""Profiles by formula, for tests: seconds anybody can check, and none measured."""
 
 import itertools
 
@@ -37,3 +37,26 @@ def by_formula(rates=RATES, few=(), **changes):
         "fused": Grid(((64, 65536),), (1.0, 0.5)), "error": (0.05, 0.2),
     }  # fmt: skip
     return DeviceProfile(**{**fields, **changes})
+
+
+SPEEDS = {"float": 1e11, "bf16": 2e11, "int8": 4e11, "int8_weight": 1e11, "int4_weight": 1e11}  # op/s
+LAUNCH = 2e-6  # of a product
+TOKENS, FEATURES, ROWS, COLUMNS = (1, 16, 256, 4096), (16, 256, 4096), (1, 64, 4096), (16, 256, 4096)
+
+
+def profile(**speeds):
+    """A made-up device where calls have launches, too. speeds: op/s of some kernels, in place of SPEEDS."""
+
+    def product(speed):
+        return grid((TOKENS, FEATURES, FEATURES), lambda m, n, k: LAUNCH + 2 * m * n * k / speed)
+
+    one = grid((ROWS, COLUMNS), lambda r, c: 1e-6 + r * c * 1e-10)
+    heads = grid((TOKENS, TOKENS, (16, 64)), lambda h, p, s: 1e-6 + 4 * h * p * p * s / 1e11)
+    plain = by_formula()
+    return by_formula(
+        device="made up", threads=1, versions={"torch": "0"}, error=(0.05, 0.1),
+        products={name: (product(speed),) * 2 for name, speed in {**SPEEDS, **speeds}.items()},
+        passes=dict.fromkeys(plain.passes, one), attention=dict.fromkeys(plain.attention, heads),
+        overheads={**plain.overheads, "eager.call": 2e-5, "inductor.call": 2e-5, "eager.attribute": 1e-7},
+        fused=Grid(((64, 65536),), (0.5, 0.5)),
+    )  # fmt: skip

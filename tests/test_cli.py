@@ -14,7 +14,7 @@ import fxcompress
 import fxcompress.codegen.triton
 from fxcompress import profiling
 from fxcompress.cli import main
-from tests.profiles import profile
+from tests.profiling import profile
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(120))]
 

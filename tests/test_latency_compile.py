@@ -1,6 +1,6 @@
 """compile under a budget of latency: candidates cost what their lowered graphs do, and reports are measured.
 
-The device is made up (tests/profiles.py), so that no test depends on the speed of what runs it.
+The device is made up (tests/profiling.py), so that no test depends on the speed of what runs it.
 """
 
 import logging
@@ -24,7 +24,7 @@ from fxcompress.passes import REWRITES
 from fxcompress.passes.fuse import fuse
 from fxcompress.passes.latency import Pricing, count_of, products_of
 from fxcompress.passes.recipe import parse
-from tests.profiles import profile
+from tests.profiling import profile
 
 
 class Mixer(nn.Module):
