@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -126,12 +126,24 @@ class BlockGrid(Structure):
         total = float(squares.sum())
         return float(squares[..., self.rank :].sum()) / total if total > 0 else 0.0
 
+    def series(self) -> Hashable:
+        return self.blocks
+
+    def unstored_rows(self, site: Site, rows: Tensor) -> Tensor:
+        self.check(site)
+        places = self.split(torch.arange(site.rows).unsqueeze(1), self.blocks)[:, :, 0]  # (i, p): rows of the weight
+        metric, found = site.analysis(_metric), torch.empty(len(rows), site.columns)
+        for mine, v in zip(places, self._right(site).double().chunk(self.blocks)):
+            at = torch.isin(rows, mine)
+            u, _ = _refit(site.weight[rows[at]].double(), v, metric, self.blocks)
+            parts = torch.unflatten(u, 1, (self.blocks, -1)).transpose(0, 1)  # (j, n, rank)
+            found[at] = torch.cat(torch.bmm(parts, cut(v, self.blocks)).unbind(), 1).float()
+        return found
+
     def factor(self, site: Site, store: Store) -> None:
         self.check(site)
-        blocks, rank, metric = self.blocks, int(self.rank), site.analysis(_metric)
-        v = site.analysis(_Best(type(self), blocks)).v[:, :, :rank]  # (i, j, rank, q)
-        v = v.transpose(1, 2).reshape(blocks * rank, site.columns).to(site.weight.dtype)
-        v = store("v", v).double()
+        blocks, metric = self.blocks, site.analysis(_metric)
+        v = store("v", self._right(site)).double()
         rows = zip(self.split(site.weight.double(), blocks), v.chunk(blocks))
         u, grams = zip(*(_refit(w, mine, metric, blocks) for w, mine in rows))
         store("u", self.join(torch.stack(u)).to(site.weight.dtype), Metric(torch.stack(grams).mean(0)))
@@ -148,6 +160,11 @@ class BlockGrid(Structure):
 
     def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
         return cost(tokens_of(use), rows, columns, self.blocks, int(self.rank), weight_bytes, itemsize)
+
+    def _right(self, site: Site) -> Tensor:
+        """v (blocks rank, in), in the weight's dtype."""
+        v = site.analysis(_Best(type(self), self.blocks)).v[:, :, : int(self.rank)]  # (i, j, rank, q)
+        return v.transpose(1, 2).reshape(-1, site.columns).to(site.weight.dtype)
 
     def _sides(self, site: Site) -> tuple[int, int]:
         """(p, q), the sides of one block."""

@@ -33,7 +33,7 @@ from fxcompress.codegen.ops import rounded_inputs
 from fxcompress.core.budget import Budget
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import rounding_metric
+from fxcompress.core.metric import Metric, rounding_metric
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
 from fxcompress.passes import rounding
@@ -146,4 +146,4 @@ def _log_range(largest: Tensor) -> Tensor:
 def _curvature(metric: Tensor | None, smooth: Tensor) -> rounding.Curvature | None:
     """That of the inputs after smoothing; `metric` is that before."""
     divisors = smooth.double()
-    return None if metric is None else rounding.curvature(metric / torch.outer(divisors, divisors))
+    return None if metric is None else rounding.curvature(Metric(metric / torch.outer(divisors, divisors)))

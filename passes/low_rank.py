@@ -40,7 +40,7 @@ import fxcompress.codegen.ops.low_rank_linear as op
 from fxcompress.core.convolution import convolve, mix
 from fxcompress.core.cost import Cost, linear_cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, rounding_metric
+from fxcompress.core.metric import Metric, judge_of, rounding_metric
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of, use_cost
 
@@ -66,7 +66,7 @@ def best_factors(site: Site) -> Factors:
     otherwise:        S^T W^T p W S = Q diag(s^2) Q^T,  U = W S Q,  V = Q^T S^-1
     """
     metric, row_weight = rounding_metric(site).columns, site.statistics.row_weight
-    if row_weight is None and site.rows <= site.columns:
+    if _by_outputs(site):
         w = site.weight.double()
         gram = w @ w.T if metric is None else w @ metric @ w.T
         _, p = torch.linalg.eigh(gram if metric is None else w @ damped(metric, DAMPING) @ w.T)
@@ -86,6 +86,32 @@ def best_factors(site: Site) -> Factors:
     kept = torch.float64 if len(parts) == 1 else torch.float32
     u = torch.cat([(part.double() @ (chol @ q)).to(kept) for part in parts])
     return Factors(u, v, squares.clamp_min(0).flip(0))
+
+
+def judged_squares(site: Site) -> Tensor | None:
+    """What leaving out each direction adds to `local_error`, (k,); the error of rank r is the sum of the others.
+
+    With G_h what the site is judged by, and W - U V = P_> P_>^T W or W S Q_> Q_>^T S^-1 (`best_factors`):
+
+        rows <= columns    (P^T W G_h W^T P)_ii          otherwise    s_i^2 (V G_h V^T)_ii
+
+    None for a tied weight, which is judged by the mean of two.
+    """
+    judge, best = site.analysis(judge_of), site.analysis(best_factors)
+    if site.kind == "tied":
+        return None
+    by_rows = judge.row_root is not None
+    metric, signal = (judge.row_metric, judge.row_signal) if by_rows else (judge.input_metric, judge.input_signal)
+    assert signal is not None
+    v = best.v.float()
+    energies = (v.square() if metric is None else (v @ metric) * v).sum(1, dtype=torch.float64)
+    lost = energies if _by_outputs(site) else energies * best.squares
+    return lost.clamp_min(0) / signal
+
+
+def _by_outputs(site: Site) -> bool:
+    """True where the left Gram matrix is the smaller, and decides."""
+    return site.statistics.row_weight is None and site.rows <= site.columns
 
 
 def _input_metric(site: Site) -> Metric:
@@ -172,6 +198,10 @@ class LowRank(Structure):
     def unstored(self, site: Site) -> Tensor:
         best = site.analysis(best_factors)
         return best.u[:, : self.rank] @ best.v[: self.rank].to(best.u.dtype)
+
+    def unstored_error(self, site: Site) -> float:
+        lost = site.analysis(judged_squares)
+        return super().unstored_error(site) if lost is None else float(lost[self.rank :].sum())
 
     def factor(self, site: Site, store: Store) -> None:
         self.check(site)

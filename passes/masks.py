@@ -31,10 +31,11 @@ from torch import Tensor
 
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, rounding_metric, row_errors
+from fxcompress.core.sample import draw
 from fxcompress.core.site import Site
+from fxcompress.passes import rounding
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt")
-DAMPING = 0.1  # of mean(diag G), as in rounding: 0.01 (the paper's) loses 6 % more on held-out sentences, 0.3 3 % more
 STRETCH = 128  # columns that choose together in a sweep
 REFIT_STEPS = 10  # 20 lower the squared error by less than a hundredth of itself
 ROW_CHUNK = 8192  # rows worked on at once, about: bounds memory on a vocabulary
@@ -104,14 +105,14 @@ class Curvature(NamedTuple):
     inverse: Tensor  # (columns,)
 
 
-def curvature(metric: Tensor) -> Curvature:
-    """Factor G once for every pattern. In float64: inverting a moment squares its condition number."""
-    level = DAMPING * metric.diagonal().mean() + torch.finfo(metric.dtype).tiny ** 0.5
-    damped = metric + level * torch.eye(len(metric), dtype=metric.dtype)
-    damped = damped / damped.diagonal().mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+def curvature(metric: Metric) -> Curvature:
+    """Factor G once for every pattern."""
+    known = metric.analysis(rounding.inverse)
+    assert known is not None
+    scale = known.damped.diagonal().mean()
+    inverse = known.inverse * scale
     upper = torch.linalg.cholesky(inverse, upper=True)
-    return Curvature(damped.float(), upper.float(), inverse.diagonal().float())
+    return Curvature((known.damped / scale).float(), upper.float(), inverse.diagonal().float())
 
 
 @dataclass(frozen=True)
@@ -211,27 +212,19 @@ def error_bound(site: Site, projection: Projection) -> float:
     """The error of `projection` at the site, as `local_error` judges it, told from a few rows, low.
 
     Rows do not interact, and each loses much the same share of what losing all its weights one by one would cost,
-    c_r = p_r sum_j W_rj^2 / [G^-1]_jj. SAMPLE_ROWS of them, at even steps of c_r (a few rows may be most of it), tell
-    the whole: their mean share, less three standard errors. Exact where a weight has no more rows than that.
+    c_r = p_r sum_j W_rj^2 / [G^-1]_jj. SAMPLE_ROWS of them, drawn by c_r, tell the whole, less three standard errors.
+    Exact where a weight has no more rows than that.
     """
     tile, metric = projection.pattern.tile, rounding_metric(site)
     costs = site.analysis(_row_costs).reshape(-1, tile).sum(1)  # of each unit row
-    count, total = max(4, SAMPLE_ROWS // tile), float(costs.sum())
-    if total <= 0:
+    if float(costs.sum()) <= 0:
         return 0.0
-    units, times = torch.arange(len(costs)), costs / total
-    if sampled := len(costs) > count:
-        units, drawn = torch.unique_consecutive(_even_steps(costs, count), return_counts=True)
-        times = drawn / count
-    rows = (units.unsqueeze(1) * tile + torch.arange(tile)).flatten()
+    sample = draw(costs, max(4, SAMPLE_ROWS // tile))
+    rows = (sample.rows.unsqueeze(1) * tile + torch.arange(tile)).flatten()
     mine = replace(metric, rows=None if metric.rows is None else metric.rows[rows])  # with all that is known of G
     made = prune(site.weight[rows], mine, projection.pattern, projection.by).dense()
     lost = row_errors(site, rows, made).reshape(-1, tile).sum(1)
-    each = lost / costs[units].clamp_min(torch.finfo(torch.float64).tiny)
-    mean = float((each * times).sum())
-    if sampled:
-        mean = max(0.0, mean - 3 * float(((each - mean).square() * times).sum() / (count - 1)) ** 0.5)
-    return mean * total
+    return max(0.0, sample.total(lost) - 3 * sample.standard_error(lost))
 
 
 def _row_costs(site: Site) -> Tensor:
@@ -240,13 +233,6 @@ def _row_costs(site: Site) -> Tensor:
     curve, squares = metric.analysis(curvature), site.weight.double().square()
     costs = squares.sum(1) if curve is None else squares @ curve.inverse.double().reciprocal()
     return costs if metric.rows is None else costs * metric.rows
-
-
-def _even_steps(costs: Tensor, count: int) -> Tensor:
-    """`count` units at even steps of the cumulated costs: each as often as its share says."""
-    reached = costs.cumsum(0)
-    steps = (torch.arange(count, dtype=reached.dtype) + 0.5) / count * reached[-1]
-    return torch.searchsorted(reached, steps).clamp_max(len(costs) - 1)
 
 
 def kept_of(columns: int, sparsity: float) -> int:

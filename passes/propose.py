@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ import sympy
 from tqdm import tqdm
 
 from fxcompress.core.budget import Budget
-from fxcompress.core.calibrate import Calibration
+from fxcompress.core.calibrate import Calibration, Call, thinned
 from fxcompress.core.metric import local_error
 from fxcompress.core.plan import Candidate
 from fxcompress.core.rewrite import Rewrite, Storage, Structure
@@ -35,6 +35,8 @@ from fxcompress.passes.unit_groups import agreed, unit_ties
 
 FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
 FASTER = 0.9  # of the seconds of a stored dense weight: less is within what a profile is good for
+MADE_EACH = 2**16  # weights of a site, up to which every recipe that is priced is made
+PROBE_FLOPS = 4e10  # MiniLM's 32 held-out sentences take half of it
 MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth: a structure that loses more answers no budget
 
 
@@ -72,7 +74,7 @@ def propose(
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
     """-> (candidates, refusals), sites in order, `keep` first at each. `named`: the user asked for these rewrites.
     pricing: where latency is asked."""
-    prober = Prober(gm, calibration.held_out)
+    prober = Prober(gm, probed(gm, sites, calibration))
     sizes = sizes_of(gm, calibration)
     by_name = {site.name: site for site in sites}
     with_me = {name: tie.sites for tie in ties if tie.by == "spec" for name in tie.sites}
@@ -112,13 +114,31 @@ def trials_of(
     return [(d.site, d.trials + _measured(d, wanted), d.refused) for d in drafts]
 
 
+def probed(gm: SignedModule, sites: Sequence[Site], calibration: Calibration) -> list[Call]:
+    """The held-out calls, or so much of each that running all of them takes PROBE_FLOPS: probes are many."""
+    calls = calibration.held_out
+    sizes = [gm.signature.symbols(*call) for call in calls]
+    flops = sum(flops_of(Recipe(), site, each) for each in sizes for site in sites)
+    return thinned(calls, PROBE_FLOPS / max(flops, 1.0))
+
+
 def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
-    return [
-        Trial(e.recipe, e.bytes, own, max(own, _error(draft.site, e.recipe)))
-        for e in draft.estimates
-        if str(e.recipe) in wanted
-        for own in (_own_error(e.recipe.structure, draft.site),)  # a tied site may want what was hopeless here
-    ]
+    """What is wanted, made; of a large weight only the smallest and the largest of each structure and storage. What
+    storing adds hardly depends on how much of the weight they keep: between the two it is a line in their bytes."""
+    site = draft.site
+    groups: dict[Hashable, list[Trial]] = {}
+    for e in draft.estimates:
+        if str(e.recipe) in wanted:
+            alone = site.weight.numel() <= MADE_EACH or e.recipe.storage is None
+            groups.setdefault(str(e.recipe) if alone else (e.recipe.structure.name, e.recipe.storage), []).append(e)
+    found: dict[str, Trial] = {}
+    for group in groups.values():
+        own = [_own_error(e.recipe.structure, site) for e in group]  # a tied site may want what was hopeless here
+        ends = sorted({min((e.bytes, i) for i, e in enumerate(group)), max((e.bytes, i) for i, e in enumerate(group))})
+        added = [max(_error(site, group[i].recipe) - own[i], 0.0) for _, i in ends]
+        told = np.interp([e.bytes for e in group], [size for size, _ in ends], added)
+        found.update({str(e.recipe): Trial(e.recipe, e.bytes, o, o + float(a)) for e, o, a in zip(group, own, told)})
+    return [found[str(e.recipe)] for e in draft.estimates if str(e.recipe) in found]
 
 
 def _draft(
@@ -172,27 +192,29 @@ def _estimates(
     """Every instance with every storage of its factors; errors: its own plus that storage's on the dense weight.
 
     One that a rival beats by its bound alone is not computed and keeps its bound for an error: what it could beat
-    because of that, the same rival beats too.
+    because of that, the same rival beats too. Largest first: what loses least bounds the rest of its series.
     """
     added: dict[Storage | None, float] = {t.recipe.storage: t.error for t in dense} | {None: 0.0}
     kinds = (None, *(s for kind in storages for s in kind.for_factors(site)))
-    found = []
-    for instance in structure.space(site):
+    found: list[list[Trial]] = []
+    least: dict[Hashable, float] = {}
+    for instance in reversed([*structure.space(site)]):
         stored = kinds if instance.matrices(site) else (None,)
         recipes = [r for s in stored if (r := Recipe(instance, s)).net_bytes(site) <= most]
-        bound = instance.error_bound(site)
+        bound = max(instance.error_bound(site), least.get(instance.series(), 0.0))
         if not recipes or bound > most_lost:
             continue
         sizes = [r.net_bytes(site) for r in recipes]
         hopeless = all(rivals.beats(size, bound + added.get(r.storage, 0.0)) for r, size in zip(recipes, sizes))
         own = bound if hopeless else _own_error(instance, site)
-        found += [Trial(r, size, own, own + added.get(r.storage, 0.0)) for r, size in zip(recipes, sizes)]
-    return [t for t in found if t.structure_error <= most_lost]
+        least[instance.series()] = own
+        found.append([Trial(r, size, own, own + added.get(r.storage, 0.0)) for r, size in zip(recipes, sizes)])
+    return [t for trials in reversed(found) for t in trials if t.structure_error <= most_lost]
 
 
 def _own_error(structure: Structure, site: Site) -> float:
     """Of the structure before anything is stored."""
-    error = local_error(site, structure.unstored(site)) + structure.input_error(site)
+    error = structure.unstored_error(site) + structure.input_error(site)
     return max(error, structure.error_bound(site))
 
 

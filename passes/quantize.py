@@ -6,7 +6,8 @@
     power_of_two    s is 2^integer, so that a multiply is a shift; the same bytes
 
 The rounding minimises the error in the metric of the site's inputs (fxcompress.passes.rounding): error feedback where
-calibration gave a metric, MSE-optimal scales and zeros where it did not.
+calibration gave a metric, MSE-optimal scales and zeros where it did not. Rows never interact, so a few of them tell
+what each setting loses (`tried`); all are rounded once one is chosen.
 
 Papers: Frantar et al., GPTQ, ICLR 2023 (arXiv 2210.17323); Badri & Shaji, HQQ, 2023 (zeros and scales by optimisation,
 no data); Behdin et al., QuantEase (arXiv 2309.01885); blockwise scales, powers of two, for every tensor: BCT
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, fx
@@ -26,16 +27,18 @@ from torch.fx.node import Argument
 from fxcompress.codegen.ops.dequantize import dequantize, stored_bytes, zero_bytes
 from fxcompress.codegen.packing import BITS, pack, packed_bytes
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, local_error, rounding_metric
+from fxcompress.core.metric import Metric, rounding_metric, row_errors
 from fxcompress.core.rewrite import Storage
+from fxcompress.core.sample import Sample, draw
 from fxcompress.core.site import Site
 from fxcompress.passes import rounding
-from fxcompress.passes.grid import LOGARITHMIC, MIDDLE, POWERS_OF_TWO, SIXTEENTHS, Lattice, Rounded, cut
+from fxcompress.passes.grid import LOGARITHMIC, MIDDLE, POWERS_OF_TWO, ROW_CHUNK, SIXTEENTHS, Lattice, Rounded, cut
 
 GROUP_SIZES = (0, 32, 64, 128)  # 0: the whole row
 TRIED = ((2, 0), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 0))
 TRIED_ON_TABLES = ((2, 0), (2, 64), (3, 128), (4, 64), (8, 0))  # a large table takes long; row tiers fill the gaps
 LARGE_TABLE = 2048
+DRAWS, TABLE_DRAWS = 128, LARGE_TABLE  # rows that are rounded at every setting to tell what it loses
 MIN_WEIGHTS = 64  # below it, scales and names cost more than the codes save
 
 
@@ -89,13 +92,9 @@ class Quantize(Storage):
 
     @classmethod
     def dense_errors(cls, site: Site) -> dict[Storage, float]:
-        """All settings are rounded in one pass."""
-        made = site.analysis(rounded)
-        return {q: local_error(site, made[q].read()) for q in cls.space(site)}
-
-    def dense_weight(self, site: Site) -> Tensor:
-        made = site.analysis(rounded).get(self)
-        return super().dense_weight(site) if made is None else made.read().to(site.weight.dtype)
+        """All settings are rounded in one pass, on rows that stand for all."""
+        lost = site.analysis(tried)
+        return {q: lost.sample.total(lost.errors[q]) for q in cls.space(site)}
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         return stored_bytes(rows, columns, self.bits, self.group(columns), self.symmetric)
@@ -141,16 +140,46 @@ class Quantize(Storage):
         return 0 if self.group_size >= columns else self.group_size
 
 
+DRAWN_BY = Quantize(4, 64)
+
+
 def is_table(site: Site) -> bool:
     """A vocabulary: many rows, read by number."""
     return site.rows >= LARGE_TABLE and site.kind in ("embedding", "tied")
 
 
-def rounded(site: Site) -> dict[Quantize, Rounded]:
-    """The weight at each setting tried, an analysis of the site: a probe and row tiers want what the errors are of."""
-    settings = [Quantize(b, g) for b, g in TRIED_ON_TABLES] if is_table(site) else [*Quantize.space(site)]
-    x = site.weight.float().T.contiguous()
-    return dict(zip(settings, _round(x, rounding_metric(site), settings)))
+class Tried(NamedTuple):
+    """Rows that stand for all of a site's, and what each adds to its error at every setting tried, (n,) float64."""
+
+    sample: Sample
+    errors: dict[Quantize, Tensor]
+
+
+def tried(site: Site) -> Tried:
+    """An analysis of the site, which row tiers want, too."""
+    qs, count = [*Quantize.space(site)], DRAWS
+    if is_table(site):
+        qs, count = [Quantize(bits, group) for bits, group in TRIED_ON_TABLES], TABLE_DRAWS
+    sample = draw(row_costs(site, DRAWN_BY), count)
+    made = _round(site.weight[sample.rows].float().T.contiguous(), rounding_metric(site), qs)
+    return Tried(sample, {q: row_errors(site, sample.rows, done.read()) for q, done in zip(qs, made)})
+
+
+def row_costs(site: Site, q: Quantize) -> Tensor:
+    """c_r, what rounding each row loses, up to a factor: its groups' ranges, squared, by what their columns weigh;
+    (rows,) float64. On MiniLM 128 rows drawn by it tell a setting's error within 1.4 % (rms), 256 within .8 %."""
+    metric, group = rounding_metric(site), q.group(site.columns) or site.columns
+    weighs = torch.ones(site.columns) if metric.columns is None else metric.columns.diagonal().clamp_min(0).float()
+    by_group = torch.stack([part.sum() for part in torch.split(weighs, group)])
+    found = []
+    for part in torch.split(site.weight, ROW_CHUNK):
+        ends = [(g.amax(1).clamp_min(0), g.amin(1).clamp_max(0)) for g in torch.split(part.float(), group, 1)]
+        found.append(torch.stack([high - low for high, low in ends], 1).square() @ by_group)
+    costs = torch.cat(found).double()
+    if metric.rows is None:
+        return costs
+    read = metric.rows * site.rows
+    return costs * (read if site.kind == "embedding" else (read + 1) / 2)  # every row of a tied weight multiplies
 
 
 def _round(x: Tensor, metric: Metric, settings: list[Quantize], rows: Tensor | None = None) -> list[Rounded]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx
@@ -28,11 +28,11 @@ from torch import Tensor, fx
 from fxcompress.codegen.ops.dequantize import stored_bytes
 from fxcompress.codegen.ops.quantized_rows_embedding import index_bytes, quantized_rows_embedding
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, local_error, rounding_metric
+from fxcompress.core.metric import Metric, rounding_metric
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.site import Site
-from fxcompress.passes.grid import ROW_CHUNK, Rounded
-from fxcompress.passes.quantize import LARGE_TABLE, Quantize, is_table, rounded
+from fxcompress.passes.grid import ROW_CHUNK
+from fxcompress.passes.quantize import LARGE_TABLE, Quantize, is_table, row_costs, tried
 
 TIERS = (Quantize(8, 0), Quantize(4, 64), Quantize(3, 128), Quantize(2, 0))
 PRICES = 24
@@ -82,19 +82,10 @@ class QuantizeRows(Storage):
 
     @classmethod
     def dense_errors(cls, site: Site) -> dict[Storage, float]:
-        """Every tier is rounded once for the whole table; an instance adds up the rows it takes of each."""
-        tables, order = site.analysis(_tables), _order(site.weight, rounding_metric(site))
-        if site.kind == "tied":
-            return {q: local_error(site, q._assemble(tables, order)) for q in cls.space(site)}
-        read = site.statistics.row_weight
-        assert read is not None  # else it refuses
-        whole = float((_row_energies(site.weight.float(), rounding_metric(site)) * read).sum())
-        sums = tables.errors[:, order].double().cumsum(1)  # in the order rows are dealt to the tiers
-        return {q: q._dealt(sums) / max(whole, 1e-200) for q in cls.space(site)}
-
-    def dense_weight(self, site: Site) -> Tensor:
+        """An instance adds up the rows it takes of each tier."""
         order = _order(site.weight, rounding_metric(site))
-        return self._assemble(site.analysis(_tables), order).to(site.weight.dtype)
+        sums = site.analysis(_errors)[:, order].cumsum(1)  # in the order rows are dealt to the tiers
+        return {q: q._dealt(sums) for q in cls.space(site)}
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         tiers = (stored_bytes(n, columns, t.bits, t.group(columns)) for n, t in zip(self.counts, TIERS))
@@ -134,30 +125,22 @@ class QuantizeRows(Storage):
                 start += count
         return total
 
-    def _assemble(self, tables: _Tables, order: Tensor) -> Tensor:
-        table = torch.empty(tables.rounded[0].codes.shape[::-1])
-        for part, rounded_at in zip(torch.split(order, list(self.counts)), tables.rounded):
-            table[part] = rounded_at.read()[part]
-        return table
 
-
-class _Tables(NamedTuple):
-    rounded: list[Rounded]  # the whole table at each tier
-    errors: Tensor  # (tiers, rows): p_r e_r(tier)
-
-
-def _tables(site: Site) -> _Tables:
-    metric = rounding_metric(site)
-    made = site.analysis(rounded)
-    tables = [made[t] for t in TIERS]
-    w = site.weight.float()
-    assert metric.rows is not None
-    errors = torch.stack([_row_energies(w - t.read(), metric) * metric.rows.float() for t in tables])
-    return _Tables(tables, errors)
+def _errors(site: Site) -> Tensor:
+    """What each row adds to the site's error at each tier, (tiers, rows) float64: measured at rows that stand for all,
+    elsewhere as the ranges of its groups tell."""
+    known, found = site.analysis(tried), []
+    for tier in TIERS:
+        costs, measured = row_costs(site, tier), known.errors[tier]
+        told = known.sample.total(costs[known.sample.rows])
+        errors = costs * (known.sample.total(measured) / max(told, torch.finfo(torch.float64).tiny))
+        errors[known.sample.rows] = measured
+        found.append(errors)
+    return torch.stack(found)
 
 
 def _priced(site: Site) -> tuple[QuantizeRows, ...]:
-    errors = site.analysis(_tables).errors
+    errors = site.analysis(_errors).float()
     cost = torch.tensor(
         [float(stored_bytes(1, site.columns, t.bits, t.group(site.columns)) - 8) for t in TIERS]
     ).unsqueeze(1)

@@ -9,7 +9,7 @@ import torch
 
 from fxcompress.core.metric import Metric, local_error
 from fxcompress.core.site import Statistics
-from fxcompress.passes import masks
+from fxcompress.passes import masks, rounding
 from fxcompress.passes.masks import CRITERIA, Pattern, Projection, curvature, prune
 from tests.sites import moment_of, site_of, weight_of
 
@@ -30,7 +30,7 @@ def weights(seed=0, shape=(ROWS, COLUMNS)):
 def damped(moment):
     """The metric the weights are refitted in, float64 numpy."""
     g = moment.numpy()
-    return g + masks.DAMPING * np.trace(g) / len(g) * np.eye(len(g))
+    return g + rounding.DAMPING * np.trace(g) / len(g) * np.eye(len(g))
 
 
 def energy(d, g):
@@ -79,7 +79,7 @@ def test_the_cost_of_dropping_one_weight_is_what_it_costs():
     moment, w = moment_of(COLUMNS), weights()[0].double().numpy()
     g = damped(moment)
     unit = np.trace(g) / len(g)  # a curvature's G has mean diagonal 1
-    inverse = curvature(moment).inverse.numpy()
+    inverse = curvature(Metric(moment)).inverse.numpy()
     for j in (0, 17, COLUMNS - 1):
         rest = [i for i in range(COLUMNS) if i != j]
         fitted = np.zeros(COLUMNS)
@@ -101,7 +101,7 @@ def test_the_sweep_is_optimal_brain_surgery_column_by_column():
             keep[np.arange(ROWS)[:, None], j + np.argsort(-cost, 1)[:, :2]] = True
         lost = np.where(keep[:, j], 0, want[:, j])
         want[:, j:] -= np.outer(lost, inverse[0] / inverse[0, 0])
-    curve, x = curvature(moment), w.T.contiguous()
+    curve, x = curvature(Metric(moment)), w.T.contiguous()
     got, kept = masks._sweep(x, PATTERNS["2:4"].pick(x.abs()), PATTERNS["2:4"], curve.upper, torch.ones(ROWS))
     assert np.array_equal(kept.T.numpy(), keep)
     # float32 sums of 48 terms, the factor's entries up to the condition number of G.

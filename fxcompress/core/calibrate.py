@@ -359,6 +359,15 @@ def _rows(call: Call, rows: slice) -> Call:
     return cut
 
 
+def thinned(calls: Sequence[Call], share: float) -> list[Call]:
+    """About `share` of the examples: the first of every call, or of the calls where each is one example."""
+    if share >= 1:
+        return list(calls)
+    if all(_examples(call) == 1 for call in calls):
+        return list(calls[: math.ceil(share * len(calls))])
+    return [_rows(call, slice(0, max(1, round(share * _examples(call))))) for call in calls]
+
+
 def take(calls: Sequence[Call], examples: int) -> list[Call]:
     """Whole calls from the front until `examples` are reached."""
     sizes = itertools.accumulate(_examples(c) for c in calls)

@@ -24,11 +24,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fxcompress.core.sample import Sample, draw
 from fxcompress.core.site import Site
 
 T = TypeVar("T")
 
 ROW_CHUNK = 4096  # rows of a vocabulary taken at once
+STAND_INS = 256  # draws
 CENTRED_FLOOR = 1e-6  # of mean(diag H): what summing x x^T batch by batch in float32 leaves uncertain
 
 
@@ -40,12 +42,12 @@ class Metric:
     rows: Tensor | None = None  # (rows,) float64
     _analyses: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
-    def analysis(self, compute: Callable[[Tensor], T]) -> T | None:
-        """`compute(columns)`, once: all bit widths share one factorization. None for the identity."""
+    def analysis(self, compute: Callable[[Metric], T]) -> T | None:
+        """`compute(self)`, once: all bit widths share one factorization. None for the identity."""
         if self.columns is None:
             return None
         if compute not in self._analyses:
-            self._analyses[compute] = compute(self.columns)
+            self._analyses[compute] = compute(self)
         found: T = self._analyses[compute]
         return found
 
@@ -68,7 +70,7 @@ def _rounding_metric(site: Site) -> Metric:
 
 def local_error(site: Site, approximation: Tensor) -> float:
     """e of `approximation` (rows, columns) in place of the site's weight."""
-    judge = site.analysis(_judge)
+    judge = site.analysis(judge_of)
     d, errors = site.weight.float() - approximation.float(), []
     if judge.input_signal is not None:
         errors.append(_energy(d, judge.input_metric) / judge.input_signal)
@@ -79,7 +81,7 @@ def local_error(site: Site, approximation: Tensor) -> float:
 
 def row_errors(site: Site, rows: Tensor, approximation: Tensor) -> Tensor:
     """What each of `rows` (n,) adds to `local_error` if it is `approximation` (n, columns); (n,) float64."""
-    judge = site.analysis(_judge)
+    judge = site.analysis(judge_of)
     d, errors = site.weight[rows].float() - approximation.float(), []
     if judge.input_signal is not None:
         errors.append(_row_energies(d, judge.input_metric) / judge.input_signal)
@@ -88,7 +90,12 @@ def row_errors(site: Site, rows: Tensor, approximation: Tensor) -> Tensor:
     return torch.stack(errors).mean(0)
 
 
-class _Judge(NamedTuple):
+def stand_ins(site: Site) -> Sample:
+    """Rows of the site that stand for all, drawn by what each is of the signal; an analysis of the site."""
+    return draw(row_errors(site, torch.arange(site.rows), torch.zeros(())), STAND_INS)
+
+
+class Judge(NamedTuple):
     """What every candidate of a site is judged by, float32; None where the site has no such use."""
 
     input_metric: Tensor | None
@@ -98,15 +105,15 @@ class _Judge(NamedTuple):
     row_signal: float | None
 
 
-def _judge(site: Site) -> _Judge:
+def judge_of(site: Site) -> Judge:
     w, s = site.weight.float(), site.statistics
     if s.second_moment is None and s.row_weight is None:
-        return _Judge(None, _signal(w, None), None, None, None)
+        return Judge(None, _signal(w, None), None, None, None)
     moment = s.second_moment if s.check is None else s.check[0]
     metric, signal = (None, None) if moment is None else (_judging_metric(site), _signal(w, moment))
     root = None if s.row_weight is None else s.row_weight.sqrt().unsqueeze(1).float()
     row_signal = None if root is None else _signal(w * root, s.column_metric)
-    return _Judge(_single(metric), signal, root, _single(s.column_metric), row_signal)
+    return Judge(_single(metric), signal, root, _single(s.column_metric), row_signal)
 
 
 def _single(metric: Tensor | None) -> Tensor | None:

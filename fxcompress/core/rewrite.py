@@ -14,7 +14,7 @@ import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from fxcompress.core.budget import Budget
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, rounding_metric
+from fxcompress.core.metric import Metric, rounding_metric, row_errors, stand_ins
 from fxcompress.core.site import Site, Use
 
 _SPEC = re.compile(r"\s*([a-z_0-9]+)\s*(?:\{(.*)\})?\s*")
@@ -186,6 +186,10 @@ class Structure(Rewrite):
         """A lower bound on the squared relative error over the calibration inputs, cheap: no storage gets lower."""
         return 0.0
 
+    def series(self) -> Hashable:
+        """Of the instances of one site that have this in common, one with more bytes loses no more."""
+        return self
+
     def input_error(self, site: Site) -> float:
         """The squared relative error of what happens to the inputs (rounding them), which no weight shows."""
         return 0.0
@@ -195,6 +199,15 @@ class Structure(Rewrite):
         store = Store()
         self.factor(site, store)
         return self.dense(store.read, site)
+
+    def unstored_rows(self, site: Site, rows: Tensor) -> Tensor:
+        """Some of its rows (n,): (n, columns)."""
+        return self.unstored(site)[rows]
+
+    def unstored_error(self, site: Site) -> float:
+        """`local_error` of that, told from rows that stand for all."""
+        sample = site.analysis(stand_ins)
+        return sample.total(row_errors(site, sample.rows, self.unstored_rows(site, sample.rows)))
 
     @abstractmethod
     def factor(self, site: Site, store: Store) -> None:
