@@ -26,7 +26,7 @@ from fxcompress.passes.hidden_units import Role
 from fxcompress.passes.recipe import parse
 from fxcompress.passes.unit_groups import cut_between, find_roles, take_roles
 from fxcompress.report import Report, SiteReport
-from fxcompress.staged import watched
+from fxcompress.staged import Fixed, watched
 
 log = logging.getLogger("fxcompress")
 
@@ -40,20 +40,21 @@ OFF = 1.25  # measured over predicted error, either way, from which prices are c
 
 def carry_out(original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None) -> SignedModule:
     """Rewrite, and keep the promise of the budget; where the prices did not hold, correct them and choose anew."""
-    roles = find_roles(original, known.informed)
-    best = _meet(original, known, plan, budget, roles, None)
+    roles, seen = find_roles(original, known.informed), watched(original, known)
+    best = _meet(original, known, plan, budget, roles, seen, None)
     first = best.plan.predicted_error
     for _ in range(CORRECTIONS if budget is not None and plan.calibrated else 0):
         if not _is_off(best.report):
             break
         assert budget is not None
-        found = shares(original, *_weights(original, known, best.plan, roles), known.held_out)
+        found = shares(original, *_weights(original, best.plan, roles, seen), known.held_out)
         loss = additive(best.report.measured_error, best.plan.kind)
         priced = replace(corrected(best.plan, loss, found.of), budget=budget)
         log.info("predicted error %.4g, measured %.4g", best.plan.predicted_error, best.report.measured_error)
-        other = _retried(original, known, priced, budget, roles, first)
+        other = _retried(original, known, priced, budget, roles, seen, first)
         if other is None or other.report.measured_error >= best.report.measured_error:
-            return _meet(original, known, priced, budget, roles, first)  # the same choices, at prices that hold there
+            # The same choices, at prices that hold there.
+            return _meet(original, known, priced, budget, roles, seen, first)
         best = other
     return best
 
@@ -65,42 +66,40 @@ def _is_off(report: Report) -> bool:
 
 def _retried(
     original: SignedModule, known: Calibration, priced: Plan, budget: Budget, roles: Mapping[str, Role | str],
-    first: float,
+    seen: Fixed, first: float,
 ) -> SignedModule | None:  # fmt: skip
     """What the new prices choose; None where that is what there is already, or the budget cannot be met with it."""
     try:
         plan = choose(priced, budget)
         same = [c.spec for c in plan.choices] == [c.spec for c in priced.choices]
-        return None if same else _meet(original, known, plan, budget, roles, first)
+        return None if same else _meet(original, known, plan, budget, roles, seen, first)
     except InfeasibleBudgetError:
         return None
 
 
 def _weights(
-    original: SignedModule, known: Calibration, plan: Plan, roles: Mapping[str, Role | str]
+    original: SignedModule, plan: Plan, roles: Mapping[str, Role | str], seen: Fixed
 ) -> tuple[list[Site], dict[str, tuple[Tensor, Tensor | None]]]:
     """The sites, and what each rewritten weight amounts to."""
     sites = take_roles(find_sites(original), roles)
     specs = {choice.site: choice.spec for choice in plan.choices if choice.spec != KEEP}
-    found, seen = {}, watched(original, known)
+    found, seen = {}, seen.begun()
     for site in sites:
         if site.name in specs:
-            made = parse(specs[site.name], REWRITES).make(seen.informed(site))
-            seen.rewritten(site, made)
+            made, _ = seen.make(site, parse(specs[site.name], REWRITES))
             if made.weight.shape == site.weight.shape:  # cut units are no weight of that shape
                 found[site.name] = (made.weight, made.bias)
-            site.forget()
     return sites, found
 
 
 def _meet(
     original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None, roles: Mapping[str, Role | str],
-    first: float | None,
+    seen: Fixed, first: float | None,
 ) -> SignedModule:  # fmt: skip
     """Rewrite; where the measured size or error breaks the promise, choose anew with what was measured, and rewrite."""
     room, target = budget, None if budget is None or budget.error is None else budget.error
     for turn in range(SIZE_ROUNDS):
-        compiled, reports = _rewrite(original, known, plan, roles)
+        compiled, reports = _rewrite(original, plan, roles, seen)
         divergence = compare(original, compiled, known.held_out)
         measured = divergence.error
         report = replace(_report(plan, reports, measured, known, plan.predicted_bytes), first_error=first)
@@ -129,7 +128,7 @@ def _meet(
 
 
 def _rewrite(
-    original: SignedModule, known: Calibration, plan: Plan, roles: Mapping[str, Role | str]
+    original: SignedModule, plan: Plan, roles: Mapping[str, Role | str], seen: Fixed
 ) -> tuple[SignedModule, list[SiteReport]]:
     """A copy of the graph with every choice of the plan carried out."""
     work = original.copy()
@@ -137,21 +136,17 @@ def _rewrite(
     check_fit(plan, sites.values())
     recipes = {choice.site: parse(choice.spec, REWRITES) for choice in plan.choices}
     cut_between(work, sites, recipes)
-    reports, seen = [], watched(original, known)
+    reports, seen = [], seen.begun()
     for choice in plan.choices:
         site = sites[choice.site]
         if choice.spec == KEEP:
             reports.append(SiteReport(site.name, KEEP, choice.bytes, site.dense_bytes, 0.0, 0.0))
             continue
-        site = seen.informed(site)
         recipe = recipes[site.name]
-        made = recipe.make(site)
-        seen.rewritten(site, made)
+        made, error = seen.settle(site, recipe)
         stored = sum(t.numel() * t.element_size() for t in made.tensors.values()) - recipe.structure.freed_bytes(site)
-        error = recipe.error(site, made.weight) ** 0.5
         made.apply(work, site)
-        reports.append(SiteReport(site.name, choice.spec, choice.bytes, stored, choice.error, error))
-        site.forget()
+        reports.append(SiteReport(site.name, choice.spec, choice.bytes, stored, choice.error, error**0.5))
     finish(work)
     own_tensors(work)
     return fuse(work), reports

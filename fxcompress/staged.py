@@ -19,17 +19,38 @@ from fxcompress.core.divergence import mask_of
 from fxcompress.core.frontier import Frontier, put
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site, Use, find_sites
-from fxcompress.passes.recipe import Made
+from fxcompress.passes.recipe import Made, Recipe
 
 
 class Fixed:
-    """The statistics of the original's activations, for every site."""
+    """The statistics of the original's activations, for every site. What was made of a site once is not made again: a
+    plan that missed its size by a little has most of its choices in common with the next."""
 
     def __init__(self, known: Calibration) -> None:
         self.known = known
+        self._settled: dict[tuple[str, str], tuple[Made, float]] = {}
+
+    def begun(self) -> Fixed:
+        """For one pass over a graph, from its start."""
+        return self
+
+    def settle(self, site: Site, recipe: Recipe) -> tuple[Made, float]:
+        """The recipe carried out, and its squared relative error. Sites must be asked for in graph order."""
+        key = site.name, str(recipe)
+        if key not in self._settled:
+            made, error = self.make(site, recipe)
+            self._settled[key] = made.settled(), error
+        return self._settled[key]
+
+    def make(self, site: Site, recipe: Recipe) -> tuple[Made, float]:
+        """The same, with the dense weight it amounts to."""
+        site = self.informed(site)
+        made = recipe.make(site)
+        self.rewritten(site, made)
+        return made, recipe.error(site, made.weight)
 
     def informed(self, site: Site) -> Site:
-        """The site with what was seen at it. Sites must be asked for in graph order."""
+        """The site with what was seen at it."""
         return self.known.informed(site)
 
     def rewritten(self, site: Site, made: Made) -> None:
@@ -46,12 +67,18 @@ class Staged(Fixed):
 
     def __init__(self, original: SignedModule, known: Calibration) -> None:
         super().__init__(replace(known, moments=dict(known.moments), checks=dict(known.checks)))
-        self._gm = original
+        self._gm, self._source = original, known
         self._own = {site.name: site for site in find_sites(original)}
         self._seen = set[str]()
         held = known.held_out if known.has_held_out else []
         self._batches = [(known.fitted, self.known.moments), (held, self.known.checks)]
         self._frontiers = [Frontier(original, calls) for calls, _ in self._batches]
+
+    def begun(self) -> Fixed:
+        return Staged(self._gm, self._source)
+
+    def settle(self, site: Site, recipe: Recipe) -> tuple[Made, float]:
+        return self.make(site, recipe)  # its inputs are another pass's no more
 
     def informed(self, site: Site) -> Site:
         """With the statistics of its inputs as they are now."""

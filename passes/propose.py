@@ -275,7 +275,7 @@ def _error(site: Site, recipe: Recipe) -> float:
     """Squared relative error of the recipe, carried out."""
     if recipe.storage is None:
         return _own_error(recipe.structure, site)
-    return recipe.error(site, recipe.make(site).weight)
+    return recipe.structure.stored_error(site, recipe.storage) + recipe.structure.input_error(site)
 
 
 def sizes_of(gm: SignedModule, calibration: Calibration) -> dict[str, int]:
@@ -327,7 +327,7 @@ def _probe(prober: Prober, site: Site, trials: Sequence[Trial]) -> dict[str, flo
 
 def _kappa(prober: Prober, site: Site, recipe: Recipe) -> float:
     dense = isinstance(recipe.structure, Dense) and recipe.storage is not None
-    weight = recipe.storage.dense_weight(site) if dense else recipe.make(site).weight  # type: ignore[union-attr]
+    weight = recipe.storage.probe_weight(site) if dense else recipe.make(site).weight  # type: ignore[union-attr]
     return kappa(prober.loss(site, weight, bias_of(site, weight)), local_error(site, weight))
 
 

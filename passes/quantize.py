@@ -96,6 +96,17 @@ class Quantize(Storage):
         lost = site.analysis(tried)
         return {q: lost.sample.total(lost.errors[q]) for q in cls.space(site)}
 
+    def probe_weight(self, site: Site) -> Tensor:
+        return self.roughly(site.weight, rounding_metric(site)).to(site.weight.dtype)
+
+    def roughly(self, matrix: Tensor, metric: Metric) -> Tensor:
+        """The matrix with errors of the kind that `encode` leaves, (rows, columns) float32. MiniLM minds them as it
+        minds those: kappa .997 times as large, with a spread of 4 % from weight to weight."""
+        x, group = matrix.float().T.contiguous(), self.group(matrix.shape[1]) or matrix.shape[1]
+        curve = metric.analysis(rounding.curvature)
+        grid = rounding.fit(x, self.bits, group, _importance(metric), self.lattice)
+        return Rounded(rounding.roughly(x, grid, self.bits, group, curve), grid, group).read()
+
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         return stored_bytes(rows, columns, self.bits, self.group(columns), self.symmetric)
 
@@ -182,10 +193,14 @@ def row_costs(site: Site, q: Quantize) -> Tensor:
     return costs * (read if site.kind == "embedding" else (read + 1) / 2)  # every row of a tied weight multiplies
 
 
+def _importance(metric: Metric) -> Tensor | None:
+    return None if metric.columns is None else metric.columns.diagonal()
+
+
 def _round(x: Tensor, metric: Metric, settings: list[Quantize], rows: Tensor | None = None) -> list[Rounded]:
     """X (columns, rows) at every setting, in their order; only the columns `rows` of X where given."""
     columns, curve = len(x), metric.analysis(rounding.curvature)
-    importance = None if metric.columns is None else metric.columns.diagonal()
+    importance = _importance(metric)
     groups = [q.group(columns) or columns for q in settings]
     grids = [rounding.fit(x, q.bits, g, importance, q.lattice) for q, g in zip(settings, groups)]
     bits = [q.bits for q in settings]

@@ -10,6 +10,7 @@ The text is what plans print, save and parse; `parse` is its inverse.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -106,6 +107,12 @@ class Made:
     def tensors(self) -> dict[str, Tensor]:
         """What takes the weight's place, by attribute name."""
         return self.store.tensors
+
+    def settled(self) -> Made:
+        """The same without its dense forms, to be kept: no larger than what is stored."""
+        store = copy.copy(self.store)
+        store.read = {}
+        return Made(self.recipe, store, self.weight.to("meta"), self.bias)
 
     def apply(self, gm: fx.GraphModule, site: Site) -> None:
         """Put it into the graph in place of the site's weight."""

@@ -90,6 +90,19 @@ def nearest(x: Tensor, grid: Grid, bits: int, group: int) -> Tensor:
     return codes
 
 
+def roughly(x: Tensor, grid: Grid, bits: int, group: int, curve: Curvature | None) -> Tensor:
+    """Codes (columns, rows) uint8 of steps 1 and 2 alone: the same kind of errors, somewhat larger, in a fifth of the
+    time."""
+    if curve is None:
+        return nearest(x, grid, bits, group)
+    parts = []
+    for start in range(0, x.shape[1], ROW_CHUNK):
+        rows = slice(start, start + ROW_CHUNK)
+        near = integers(torch.full_like(x[0, rows], 2.0**bits - 1))
+        parts.append(feed_back(x[:, rows], *spread(cut(grid, rows), group, len(x)), near, curve).to(torch.uint8))
+    return torch.cat(parts, 1)
+
+
 def round_with(
     x: Tensor, grids: list[Grid], bits: list[int], groups: list[int], curve: Curvature
 ) -> list[tuple[Tensor, Grid]]:

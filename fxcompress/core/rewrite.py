@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from fxcompress.core.budget import Budget
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, rounding_metric, row_errors, stand_ins
+from fxcompress.core.metric import Metric, local_error, rounding_metric, row_errors, stand_ins
 from fxcompress.core.site import Site, Use
 
 _SPEC = re.compile(r"\s*([a-z_0-9]+)\s*(?:\{(.*)\})?\s*")
@@ -93,6 +93,10 @@ class Storage(Rewrite):
     def dense_weight(self, site: Site) -> Tensor:
         """The site's whole weight as it would be read back, in its dtype."""
         return self.decode(self.encode(site.weight, rounding_metric(site)), site.weight)
+
+    def probe_weight(self, site: Site) -> Tensor:
+        """A weight with errors of the kind that `dense_weight` has, in its dtype; it may be quicker to make."""
+        return self.dense_weight(site)
 
     @classmethod
     @abstractmethod
@@ -208,6 +212,12 @@ class Structure(Rewrite):
         """`local_error` of that, told from rows that stand for all."""
         sample = site.analysis(stand_ins)
         return sample.total(row_errors(site, sample.rows, self.unstored_rows(site, sample.rows)))
+
+    def stored_error(self, site: Site, storage: Storage) -> float:
+        """The same once every matrix is kept by `storage`."""
+        store = Store(storage)
+        self.factor(site, store)
+        return local_error(site, self.dense(store.read, site).to(site.weight.dtype))
 
     @abstractmethod
     def factor(self, site: Site, store: Store) -> None:
