@@ -123,8 +123,8 @@ def probed(gm: SignedModule, sites: Sequence[Site], calibration: Calibration) ->
 
 
 def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
-    """What is wanted, made; of a large weight only the smallest and the largest of each structure and storage. What
-    storing adds hardly depends on how much of the weight they keep: between the two it is a line in their bytes."""
+    """What is wanted, made; of a large weight only a few of each structure and storage: what storing adds hardly
+    depends on how much of the weight they keep, and between those that are made it is a line in their bytes."""
     site = draft.site
     groups: dict[Hashable, list[Trial]] = {}
     for e in draft.estimates:
@@ -134,9 +134,10 @@ def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
     found: dict[str, Trial] = {}
     for group in groups.values():
         own = [_own_error(e.recipe.structure, site) for e in group]  # a tied site may want what was hopeless here
-        ends = sorted({min((e.bytes, i) for i, e in enumerate(group)), max((e.bytes, i) for i, e in enumerate(group))})
-        added = [max(_error(site, group[i].recipe) - own[i], 0.0) for _, i in ends]
-        told = np.interp([e.bytes for e in group], [size for size, _ in ends], added)
+        by_size = sorted(range(len(group)), key=lambda i: group[i].bytes)
+        some = [by_size[i] for i in sorted({0, len(group) // 2 if len(group) > 4 else 0, len(group) - 1})]
+        added = [max(_error(site, group[i].recipe) - own[i], 0.0) for i in some]
+        told = np.interp([e.bytes for e in group], [group[i].bytes for i in some], added)
         found.update({str(e.recipe): Trial(e.recipe, e.bytes, o, o + float(a)) for e, o, a in zip(group, own, told)})
     return [found[str(e.recipe)] for e in draft.estimates if str(e.recipe) in found]
 

@@ -48,4 +48,4 @@ def draw(costs: Tensor, count: int) -> Sample:
     drawn = torch.searchsorted(reached, steps).clamp_max(len(costs) - 1)
     rows, hits = torch.unique_consecutive(drawn, return_counts=True)
     tiny = torch.finfo(torch.float64).tiny
-    return Sample(rows, hits / count, reached[-1] / costs[rows].clamp_min(tiny), count - 1)
+    return Sample(rows, hits.double() / count, reached[-1] / costs[rows].clamp_min(tiny), count - 1)
