@@ -199,15 +199,21 @@ class LowRank(Structure):
         best = site.analysis(best_factors)
         return best.u[:, : self.rank] @ best.v[: self.rank].to(best.u.dtype)
 
+    def unstored_rows(self, site: Site, rows: Tensor) -> Tensor:
+        best = site.analysis(best_factors)
+        return best.u[rows, : self.rank] @ best.v[: self.rank].to(best.u.dtype)
+
     def unstored_error(self, site: Site) -> float:
         lost = site.analysis(judged_squares)
         return super().unstored_error(site) if lost is None else float(lost[self.rank :].sum())
 
     def stored_error(self, site: Site, storage: Storage) -> float:
-        """Of V, and of rows of U that stand for all."""
+        """The error before storing, and what storing adds to it: told from V, and rows of U that stand for all."""
         sample, store = site.analysis(stand_ins), Store(storage)
         self._fill(site, store, sample.rows)
-        return sample.total(row_errors(site, sample.rows, self.dense(store.read, site).to(site.weight.dtype)))
+        stored = row_errors(site, sample.rows, self.dense(store.read, site).to(site.weight.dtype))
+        before = row_errors(site, sample.rows, self.unstored_rows(site, sample.rows))
+        return max(0.0, self.unstored_error(site) + sample.total(stored - before))
 
     def factor(self, site: Site, store: Store) -> None:
         self._fill(site, store, slice(None))
