@@ -100,13 +100,14 @@ def _outside(working_set: float, cache: int) -> float:
 
 
 def _blend(near: float, far: float, share: float) -> float:
-    return near ** (1 - share) * far**share
+    return math.exp((1 - share) * math.log(near) + share * math.log(far))
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """products: {kernel: (hot, cached, streamed)}. overheads: {name: (hot, cached, streamed)}. caches: bytes of all second-level
-    caches, and of the last one. error: (median, 90th percentile) of its own predictions."""
+    """products, overheads: {name: (hot, cached, streamed)}. caches: bytes of all second-level caches, and of the last
+    one. error: (median, 90th percentile) of its own predictions. pulse: seconds of standard kernels meanwhile
+    (fxcompress.codegen.cpu.pulse)."""
 
     device: str
     threads: int
@@ -119,6 +120,7 @@ class DeviceProfile:
     overheads: Mapping[str, tuple[float, ...]]
     fused: Grid
     error: tuple[float, float]
+    pulse: Mapping[str, float]
 
     def bare_seconds(
         self, kernel: str, tokens: float, rows: int, columns: int, *, working_set: float = 0
@@ -187,6 +189,7 @@ class DeviceProfile:
                 overheads={name: (h, c, s) for name, (h, c, s) in data["overheads"].items()},
                 fused=_grid(data["fused"]),
                 error=(data["error"][0], data["error"][1]),
+                pulse=dict(data["pulse"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, ProfileError):

@@ -29,6 +29,7 @@ from fxcompress.codegen.cpu.between import COMPILED, FUSED, PASSES
 from fxcompress.codegen.cpu.clock import Between, Company, Memory, cache_bytes, nothing
 from fxcompress.codegen.cpu.measure import Sizes
 from fxcompress.codegen.cpu.overheads import overheads
+from fxcompress.codegen.cpu.pulse import Beat, slowdown, typical
 from fxcompress.codegen.triton.build import cache_folder, write_whole
 from fxcompress.core.errors import ProfileError
 from fxcompress.cost_model.device import PRODUCTS, DeviceProfile, Grid, device_name, file_name, versions
@@ -108,8 +109,11 @@ def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
     total = measure.ROUNDS * (len(names) + len(PASSES) + len(measure.ATTENTION) + len(COMPILED) + 3) + 1
     with tqdm(total=total, desc="profile", unit="table", disable=not progress, leave=False, mininterval=0) as bar:
 
+        beat, pulses = Beat(), []
+
         def told(name: str, run: Callable[[], Any]) -> Any:
             bar.set_postfix_str(name)
+            pulses.append(beat())
             found = run()
             bar.update()
             return found
@@ -146,9 +150,10 @@ def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
             shares.append(told("fused", partial(loops.fused_grid, several, alone, sizes)))
         made = DeviceProfile(
             device_name(), torch.get_num_threads(), versions(), datetime.date.today().isoformat(), cache_bytes(),
-            products, alone, attention, around, _least(*shares[-2:]), (0.0, 0.0),
+            products, alone, attention, around, _least(*shares[-2:]), (0.0, 0.0), {},
         )  # fmt: skip
-        return replace(made, error=told("its own error", partial(_judged, made, sizes, between, memory)))
+        made = replace(made, pulse=typical(pulses))
+        return replace(made, error=told("its own error", partial(_judged, made, sizes, between, memory, beat)))
 
 
 def _least(one: Grid, other: Grid) -> Grid:
@@ -157,8 +162,9 @@ def _least(one: Grid, other: Grid) -> Grid:
     return Grid(one.axes, tuple(b if a is None else a if b is None else min(a, b) for a, b in pairs))
 
 
-def _judged(made: DeviceProfile, sizes: Sizes, between: Between, memory: Memory) -> tuple[float, float]:
-    """Median and 90th percentile of |predicted / measured - 1| over products of random sizes off the grid."""
+def _judged(made: DeviceProfile, sizes: Sizes, between: Between, memory: Memory, beat: Beat) -> tuple[float, float]:
+    """Median and 90th percentile of |predicted / measured - 1| over products of random sizes off the grid, at the speed
+    that the machine has when each is measured."""
     dice, off = random.Random(0), []
     largest = sizes.features[-1] // 64
     for at in range(CHECKS):
@@ -166,7 +172,8 @@ def _judged(made: DeviceProfile, sizes: Sizes, between: Between, memory: Memory)
         rows, columns = (64 * round(largest ** dice.random()) for _ in range(2))
         tokens = round(min(sizes.tokens[-1], 512) ** dice.random())
         found = measure.product_seconds(name, tokens, rows, columns, between, memory)
-        off.append(abs(made.products[name][1].at(tokens, rows, columns) / found - 1))
+        now = slowdown(beat(), made.pulse)
+        off.append(abs(made.products[name][1].at(tokens, rows, columns) * now / found - 1))
     off.sort()
     return statistics.median(off), off[int(0.9 * (len(off) - 1))]
 

@@ -40,7 +40,7 @@ def by_formula(rates=RATES, few=(), **changes):
         "passes": {f"eager.{n}": one for n in PASSES} | {f"inductor.{n}": one for n in COMPILED},
         "attention": dict.fromkeys(ATTENTION, heads),
         "overheads": OVERHEADS,
-        "fused": Grid(((64, 65536),), (1.0, 0.5)), "error": (0.05, 0.2),
+        "fused": Grid(((64, 65536),), (1.0, 0.5)), "error": (0.05, 0.2), "pulse": {"product": 1e-5},
     }  # fmt: skip
     return DeviceProfile(**{**fields, **changes})
 

@@ -39,7 +39,8 @@ def compiled(run: Any, dynamic: bool = True) -> Loop:
 
 
 def compiled_pass(run: Any, given: Given, columns: int) -> Loop:
-    """Compiled for any number of rows, as a model knows its widths: a norm whose width is a number takes a third less."""
+    """Compiled for any number of rows, but for these columns: a model knows its widths. A norm of 1024 x 512 takes 476
+    us compiled for any width on one thread, and 66 so (2 threads of a Zen 4 EPYC, 2026-11-21)."""
     loop, tensors = compiled(run, dynamic=False), given(FIRST, columns)
     for tensor in tensors:
         if len(tensor) == FIRST:
@@ -69,14 +70,16 @@ def _seconds(loop: Loop, given: Given, rows: int, columns: int) -> float:
 def fused_grid(
     loops: Sequence[tuple[Loop, Sequence[str], Given]], alone: Mapping[str, Grid], sizes: Sizes
 ) -> Grid:
-    """Seconds of passes in one loop over those of the same passes alone, by elements: the mean of groups."""
+    """Seconds of passes in one loop over those of the same passes alone, by elements: the mean of groups.
+
+    NB: it may be more than 1: a loop of several reductions keeps what it made between them."""
     columns, found = sizes.widths[-1], []
     for rows in sizes.looped:
         shares = []
         for loop, names, given in loops:
             apart = sum(alone[f"inductor.{name}"].at(rows, columns) for name in names)
             shares.append(_seconds(loop, given, rows, columns) / apart)
-        found.append(min(max(statistics.mean(shares), 0.1), 1.0))
+        found.append(min(max(statistics.mean(shares), 0.1), 4.0))
     return Grid((tuple(rows * columns for rows in sizes.looped),), tuple(found))
 
 

@@ -187,7 +187,8 @@ class _Walk:
             return self._flash(args, {})
         self.loops, self.near, self.open = self.loops + self.open, set(), True  # its own loops are in its seconds
         name = "compiled_short" if attends_in_float(q.shape[0], positions) else "compiled"
-        return self.profile.attention_seconds(name, heads, positions, size) * float(q.shape[2]) / positions
+        share: float = q.shape[2] / max(positions, 1)
+        return self.profile.attention_seconds(name, heads, positions, size) * share
 
     def _flash(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         q, k = args[:2]
