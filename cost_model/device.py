@@ -4,12 +4,15 @@
 
 Beyond the largest size of an axis, seconds grow with that size (by rate); below the smallest they stay (a launch).
 
-    products     the bare library call y (tokens, rows) = x (tokens, columns) W^T, twice: W in the last-level cache,
-                 and W streamed from memory. A model's weights lie between two calls of the same product:
-                 `working_set` bytes. Up to half the cache is `cached`, from twice the cache on `streamed`.
-    passes       what stands between products, over (rows, columns), for each target: "eager.add", "inductor.norm"
+    products     the bare library call y (tokens, rows) = x (tokens, columns) W^T, three times: W in the second-level
+                 caches (hot), in the last-level cache (cached), in memory (streamed). A model's weights lie between
+                 two calls of the same product: `working_set` bytes. From half a cache to twice a cache, seconds go
+                 from what they are inside it to what they are outside, by the logarithm.
+    passes       what stands between products, over (rows, columns), for each target: "eager.add", "inductor.norm";
+                 compiled ones without their launch
     attention    over (batch x heads, positions, size of a head)
-    overheads    seconds of a call of the module, of a node, of a kernel, for each target
+    overheads    seconds of a call of the module, of an input, a node, a loop ..., for each target, three times: the
+                 weights take the place of the interpreter's code and objects, too
     fused        what passes take in one compiled loop, over the sum of them alone, by elements: what is not written
 
 A profile knows its own error: median and 90th percentile of |predicted / measured - 1| on shapes off the grid.
@@ -22,7 +25,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +35,7 @@ import torch
 
 from fxcompress.core.errors import ProfileError
 
-FORMAT = 1
+FORMAT = 2
 Target = Literal["eager", "inductor"]
 PRODUCTS = ("float", "bf16", "int8", "int8_weight", "int4_weight")
 AROUND: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # passes over x, passes over y
@@ -89,29 +92,52 @@ def _between(axis: list[float], value: float) -> tuple[int, float]:
     return (i, (value - axis[i]) / (axis[i + 1] - axis[i])) if len(axis) > 1 else (0, 0.0)
 
 
+def _outside(working_set: float, cache: int) -> float:
+    """0 while the weights fit a cache, 1 when they do not."""
+    if working_set <= 0:
+        return 0.0
+    return min(max(math.log(2 * working_set / cache) / math.log(4), 0.0), 1.0)
+
+
+def _blend(near: float, far: float, share: float) -> float:
+    return math.exp((1 - share) * math.log(near) + share * math.log(far))
+
+
 @dataclass(frozen=True)
 class DeviceProfile:
-    """products: {kernel: (cached, streamed)}. error: (median, 90th percentile) of its own predictions."""
+    """products, overheads: {name: (hot, cached, streamed)}. caches: bytes of all second-level caches, and of the last
+    one. error: (median, 90th percentile) of its own predictions. pulse: seconds of standard kernels meanwhile
+    (fxcompress.codegen.cpu.pulse)."""
 
     device: str
     threads: int
     versions: Mapping[str, str]
     date: str
-    cache_bytes: int
-    products: Mapping[str, tuple[Grid, Grid]]
+    caches: tuple[int, int]
+    products: Mapping[str, tuple[Grid, ...]]
     passes: Mapping[str, Grid]
     attention: Mapping[str, Grid]
-    overheads: Mapping[str, float]
+    overheads: Mapping[str, tuple[float, ...]]
     fused: Grid
     error: tuple[float, float]
+    pulse: Mapping[str, float]
 
     def bare_seconds(
         self, kernel: str, tokens: float, rows: int, columns: int, *, working_set: float = 0
     ) -> float:
         """Of the library call alone."""
-        cached, streamed = self.products[kernel]
-        near, share = cached.at(tokens, rows, columns), self._streamed(working_set)
-        return near if not share else near ** (1 - share) * streamed.at(tokens, rows, columns) ** share
+        levels = [grid.at(tokens, rows, columns) for grid in self.products[kernel]]
+        return self._level(levels, working_set)
+
+    def overhead(self, name: str, working_set: float = 0) -> float:
+        """Seconds of "inductor.call" and others."""
+        return self._level(self.overheads[name], working_set)
+
+    def _level(self, levels: Sequence[float], working_set: float) -> float:
+        """Between the three that were measured."""
+        hot, cached, streamed = levels
+        near, far = (_outside(working_set, cache) for cache in self.caches)
+        return _blend(_blend(hot, cached, near), streamed, far)
 
     def product_seconds(
         self, kernel: str, tokens: float, rows: int, columns: int, *,
@@ -122,7 +148,7 @@ class DeviceProfile:
         around = sum(self.pass_seconds(name, tokens, columns, target) for name in before)
         around += sum(self.pass_seconds(name, tokens, rows, target) for name in after)
         if around and target == "inductor":  # one loop between two library calls
-            around += self.overheads["inductor.kernel"]
+            around += self.overhead("inductor.kernel", working_set)
         bare = self.bare_seconds(kernel, tokens, rows, columns, working_set=working_set)
         return bare + around
 
@@ -135,11 +161,6 @@ class DeviceProfile:
     def attention_seconds(self, name: str, heads: float, positions: float, size: float) -> float:
         """Of attention of (batch x heads, positions, size)."""
         return self.attention[name].at(heads, positions, size)
-
-    def _streamed(self, working_set: float) -> float:
-        if working_set <= 0:
-            return 0.0
-        return min(max(math.log(2 * working_set / self.cache_bytes) / math.log(4), 0.0), 1.0)
 
     @property
     def name(self) -> str:
@@ -159,14 +180,16 @@ class DeviceProfile:
                     f"this profile has format {data['format']}, and {FORMAT} is read; run fxcompress profile."
                 )
             return DeviceProfile(
-                **{key: data[key] for key in ("device", "threads", "date", "cache_bytes")},
+                **{key: data[key] for key in ("device", "threads", "date")},
+                caches=(data["caches"][0], data["caches"][1]),
                 versions=dict(data["versions"]),
-                products={name: (_grid(c), _grid(s)) for name, (c, s) in data["products"].items()},
+                products={name: (_grid(h), _grid(c), _grid(s)) for name, (h, c, s) in data["products"].items()},
                 passes={name: _grid(g) for name, g in data["passes"].items()},
                 attention={name: _grid(g) for name, g in data["attention"].items()},
-                overheads=dict(data["overheads"]),
+                overheads={name: (h, c, s) for name, (h, c, s) in data["overheads"].items()},
                 fused=_grid(data["fused"]),
                 error=(data["error"][0], data["error"][1]),
+                pulse=dict(data["pulse"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, ProfileError):

@@ -24,9 +24,12 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from fxcompress.codegen.cpu import measure
+from fxcompress.codegen.cpu import loops, measure
 from fxcompress.codegen.cpu.between import COMPILED, FUSED, PASSES
+from fxcompress.codegen.cpu.clock import Between, Company, Memory, cache_bytes, nothing
 from fxcompress.codegen.cpu.measure import Sizes
+from fxcompress.codegen.cpu.overheads import overheads
+from fxcompress.codegen.cpu.pulse import Beat, slowdown, typical
 from fxcompress.codegen.triton.build import cache_folder, write_whole
 from fxcompress.core.errors import ProfileError
 from fxcompress.cost_model.device import PRODUCTS, DeviceProfile, Grid, device_name, file_name, versions
@@ -75,10 +78,11 @@ def cached_path() -> Path:
 
 def table(profile: DeviceProfile) -> str:
     """Microseconds of products of some sizes, and how far off the profile is."""
-    rows = []
+    rows, cached = [], 2 * profile.caches[0]
     for n, k, tokens in ((384, 384, 16), (768, 768, 1), (768, 3072, 128), (3072, 768, 128), (4096, 4096, 1)):
         found = [
-            profile.bare_seconds(kernel, tokens, n, k) if kernel in profile.products else None for kernel in PRODUCTS
+            profile.bare_seconds(kernel, tokens, n, k, working_set=cached) if kernel in profile.products else None
+            for kernel in PRODUCTS
         ]
         rows.append((f"{n} x {k}", tokens, *("-" if s is None else f"{s * 1e6:,.0f}" for s in found)))
     heads = ["weight", "tokens", *(f"{kernel}" for kernel in PRODUCTS)]
@@ -86,12 +90,12 @@ def table(profile: DeviceProfile) -> str:
     middle, tail = profile.error
 
     def told_us(name: str) -> str:
-        return f"{profile.overheads[name] * 1e6:.1f} us"
+        return f"{profile.overhead(name, cached) * 1e6:.1f} us"
 
     return "\n".join([
         f"{profile.device}, {profile.threads} threads, {told}, {profile.date}",
         "",
-        "microseconds of a product, its weight in the cache",
+        "microseconds of a product, its weight in the last-level cache",
         tabulate(rows, headers=heads, disable_numparse=True, colalign=("left", *["right"] * (len(heads) - 1))),
         "",
         f"a call of a module {told_us('eager.call')} in eager, {told_us('inductor.call')} compiled; "
@@ -101,45 +105,55 @@ def table(profile: DeviceProfile) -> str:
 
 
 def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
-    names, between, company = measure.kernels(), measure.Between(), measure.Company()
-    passes, compiled = list(PASSES), list(COMPILED)
-    total = measure.ROUNDS * (len(names) + len(passes) + len(measure.ATTENTION)) + len(compiled) + 3
-    several = replace(sizes, rows=sizes.looped)
+    names, between, company, memory = measure.kernels(), Between(), Company(), Memory()
+    total = measure.ROUNDS * (len(names) + len(PASSES) + len(measure.ATTENTION) + len(COMPILED) + 3) + 1
     with tqdm(total=total, desc="profile", unit="table", disable=not progress, leave=False, mininterval=0) as bar:
+
+        beat, pulses = Beat(), []
 
         def told(name: str, run: Callable[[], Any]) -> Any:
             bar.set_postfix_str(name)
+            pulses.append(beat())
             found = run()
             bar.update()
             return found
 
-        overheads: dict[str, float] = told("overheads", partial(measure.overheads, between, company))
-        products: dict[str, tuple[Grid, Grid]] = {}
+        products: dict[str, tuple[Grid, ...]] = {}
         alone: dict[str, Grid] = {}
         attention: dict[str, Grid] = {}
+        around: dict[str, tuple[float, ...]] = {}
+        compiled: dict[str, dict[int, loops.Loop]] = {}
+        several: list[tuple[loops.Loop, tuple[str, ...], Any]] = []
+        shares: list[Grid] = []
         for _ in range(measure.ROUNDS):
+            found = told("overheads", overheads)
+            around = {name: tuple(map(min, levels, around.get(name, levels))) for name, levels in found.items()}
             for name in names:
-                pair = told(name, partial(measure.product_grids, name, sizes, between))
-                before = products.get(name, pair)
-                products[name] = _least(before[0], pair[0]), _least(before[1], pair[1])
-            for name in passes:
-                run, given = PASSES[name]
+                levels = told(name, partial(measure.product_grids, name, sizes, between, memory))
+                products[name] = tuple(map(_least, products.get(name, levels), levels))
+            for name, (run, given) in PASSES.items():
                 grid = told(name, partial(measure.pass_grid, run, given, sizes, company))
                 alone[f"eager.{name}"] = _least(alone.get(f"eager.{name}", grid), grid)
             for name in measure.ATTENTION:
-                grid = told(name, partial(measure.attention_grid, name, sizes, measure.nothing))
+                grid = told(name, partial(measure.attention_grid, name, sizes, nothing))
                 attention[name] = _least(attention.get(name, grid), grid)
-        for name in compiled:
-            run, given = COMPILED[name]
-            loop, less = measure.compiled(run), overheads["inductor.alone"]
-            told(name, partial(loop, *given(8, 64)))
-            alone[f"inductor.{name}"] = measure.pass_grid(loop, given, several, measure.nothing, less)
-        fused = told("fused", partial(_fused, alone, several, overheads["inductor.alone"]))
+            for name, grid in told("compiled attention", partial(loops.attention_grids, sizes)).items():
+                attention[name] = _least(attention.get(name, grid), grid)
+            for name, (run, given) in COMPILED.items():
+                if name not in compiled:
+                    compiled[name] = loops.compiled_passes(run, given, sizes)
+                grid = told(f"compiled {name}", partial(loops.loop_grid, compiled[name], given, sizes))
+                alone[f"inductor.{name}"] = _least(alone.get(f"inductor.{name}", grid), grid)
+            several = several or [
+                (loops.compiled_pass(run, given, sizes.widths[-1]), parts, given) for run, parts, given in FUSED
+            ]
+            shares.append(told("fused", partial(loops.fused_grid, several, alone, sizes)))
         made = DeviceProfile(
-            device_name(), torch.get_num_threads(), versions(), datetime.date.today().isoformat(),
-            measure.cache_bytes(), products, alone, attention, overheads, fused, (0.0, 0.0),
+            device_name(), torch.get_num_threads(), versions(), datetime.date.today().isoformat(), cache_bytes(),
+            products, alone, attention, around, _least(*shares[-2:]), (0.0, 0.0), {},
         )  # fmt: skip
-        return replace(made, error=told("its own error", partial(_judged, made, sizes, between)))
+        made = replace(made, pulse=typical(pulses))
+        return replace(made, error=told("its own error", partial(_judged, made, sizes, between, memory, beat)))
 
 
 def _least(one: Grid, other: Grid) -> Grid:
@@ -148,30 +162,18 @@ def _least(one: Grid, other: Grid) -> Grid:
     return Grid(one.axes, tuple(b if a is None else a if b is None else min(a, b) for a, b in pairs))
 
 
-def _fused(alone: dict[str, Grid], sizes: Sizes, less: float) -> Grid:
-    """Seconds of passes in one loop over those of the same passes alone, by elements: the mean of groups."""
-    elements, columns = tuple(sorted({r * sizes.columns[1] for r in sizes.rows})), sizes.columns[1]
-    found = []
-    loops = [(measure.compiled(run), names, given) for run, names, given in FUSED]
-    for rows in sizes.rows:
-        shares = []
-        for loop, names, given in loops:
-            together = measure.seconds_of_calls([partial(loop, *given(rows, columns))], measure.nothing) - less
-            shares.append(together / sum(alone[f"inductor.{name}"].at(rows, columns) for name in names))
-        found.append(min(max(statistics.mean(shares), 0.1), 1.0))
-    return Grid((elements,), tuple(found))
-
-
-def _judged(made: DeviceProfile, sizes: Sizes, between: measure.Between) -> tuple[float, float]:
-    """Median and 90th percentile of |predicted / measured - 1| over products of random sizes off the grid."""
+def _judged(made: DeviceProfile, sizes: Sizes, between: Between, memory: Memory, beat: Beat) -> tuple[float, float]:
+    """Median and 90th percentile of |predicted / measured - 1| over products of random sizes off the grid, at the speed
+    that the machine has when each is measured."""
     dice, off = random.Random(0), []
     largest = sizes.features[-1] // 64
     for at in range(CHECKS):
         name = measure.kernels()[at % len(measure.kernels())]
         rows, columns = (64 * round(largest ** dice.random()) for _ in range(2))
         tokens = round(min(sizes.tokens[-1], 512) ** dice.random())
-        found = measure.product_seconds(name, tokens, rows, columns, between)
-        off.append(abs(made.products[name][0].at(tokens, rows, columns) / found - 1))
+        found = measure.product_seconds(name, tokens, rows, columns, between, memory)
+        now = slowdown(beat(), made.pulse)
+        off.append(abs(made.products[name][1].at(tokens, rows, columns) * now / found - 1))
     off.sort()
     return statistics.median(off), off[int(0.9 * (len(off) - 1))]
 

@@ -42,8 +42,20 @@ def test_weights_that_do_not_fit_the_cache_are_streamed():
     near, far = (p.bare_seconds("int8", 16, 512, 512, working_set=s) for s in (0, 1e12))
     assert near == pytest.approx(16 * 512 * 512e-12)
     assert far == pytest.approx(2 * near)
-    assert p.bare_seconds("int8", 16, 512, 512, working_set=p.cache_bytes / 2) == near
-    assert near < p.bare_seconds("int8", 16, 512, 512, working_set=p.cache_bytes) < far
+    assert p.bare_seconds("int8", 16, 512, 512, working_set=p.caches[1] / 2) == pytest.approx(near)
+    assert near < p.bare_seconds("int8", 16, 512, 512, working_set=p.caches[1]) < far
+
+
+def test_a_small_model_has_its_weights_in_the_second_level_cache():
+    p = by_formula()
+    _, cached, streamed = p.products["int8"]
+    levels = {"int8": (grid(AXES, lambda m, n, k: m * n * k * 5e-13), cached, streamed)}
+    p = dataclasses.replace(p, products=levels, overheads={"eager.call": (1e-6, 4e-6, 9e-6)})
+    small, large = p.caches[0] / 2, p.caches[0] * 2
+    assert p.bare_seconds("int8", 16, 64, 64, working_set=small) == pytest.approx(16 * 64 * 64 * 5e-13)
+    assert p.bare_seconds("int8", 16, 64, 64, working_set=large) == pytest.approx(16 * 64 * 64 * 1e-12)
+    found = [p.overhead("eager.call", w) for w in (small, p.caches[0], large, 1e12)]
+    assert found == pytest.approx([1e-6, 2e-6, 4e-6, 9e-6])
 
 
 def test_a_product_is_its_call_and_the_passes_around_it():
@@ -67,8 +79,8 @@ def test_json_is_a_round_trip(tmp_path):
     [
         ("{", "cannot be read as a profile"),
         ("[]", "this is no profile of a device"),
-        ('{"format": 0}', "this profile has format 0, and 1 is read; run fxcompress profile"),
-        ('{"format": 1, "device": "x"}', "this is no profile of a device .*run fxcompress profile"),
+        ('{"format": 0}', "this profile has format 0, and 2 is read; run fxcompress profile"),
+        ('{"format": 2, "device": "x"}', "this is no profile of a device .*run fxcompress profile"),
     ],
 )
 def test_what_is_no_profile_is_refused(tmp_path, text, message):

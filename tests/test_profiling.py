@@ -14,7 +14,8 @@ from fxcompress.cost_model.device import PRODUCTS
 from tests.profiling import by_formula
 
 TINY = measure.Sizes(
-    tokens=(1, 2), features=(64, 128), rows=(2, 4), columns=(64, 128), looped=(2, 4), heads=(1, 2), positions=(2, 4),
+    tokens=(1, 2), features=(64, 128), rows=(2, 4), columns=(64, 128), looped=(2, 4), widths=(64, 96),
+    heads=(2, 4), positions=(2, 4),
     head=(8, 16),
 )  # fmt: skip
 
@@ -67,7 +68,7 @@ def test_the_command_prints_a_table_or_json(cache, monkeypatch, capsys, tmp_path
     assert f"written to {tmp_path / 'p.json'}" in told
     assert fxcompress.DeviceProfile.load(tmp_path / "p.json").threads == torch.get_num_threads()
     assert cli.main(["profile", "--quiet", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["format"] == 1
+    assert json.loads(capsys.readouterr().out)["format"] == 2
 
 
 def test_a_measured_product_is_the_product():

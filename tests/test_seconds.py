@@ -101,8 +101,10 @@ def test_attention_norms_and_lookups_are_priced(target):
         assert any(name in node for node in found), name
 
 
-@pytest.mark.parametrize(("batch", "positions", "kind"), [(1, 32, "float"), (1, 33, "bf16"), (2, 32, "bf16")])
-def test_attention_is_priced_in_the_dtype_it_runs_in(batch, positions, kind):
+@pytest.mark.parametrize(
+    ("batch", "positions", "kind"), [(1, 32, "compiled_short"), (1, 33, "compiled"), (2, 32, "compiled")]
+)
+def test_attention_is_priced_in_the_form_it_runs_in(batch, positions, kind):
     graph = fx.Graph()
     q, k, v = (graph.placeholder(name) for name in "qkv")
     for node in (q, k, v):
@@ -110,6 +112,6 @@ def test_attention_is_priced_in_the_dtype_it_runs_in(batch, positions, kind):
     graph.output((graph.call_function(pointwise.attention, (q, k, v, None, None)),))
     p = by_formula()
     table = grid(((1,), (1,), (16,)), lambda *_: 1.0)
-    dear = dataclasses.replace(p, attention={**p.attention, f"products_{kind}": table})
+    dear = dataclasses.replace(p, attention={**p.attention, kind: table})
     (found, more) = (seconds_of(fx.GraphModule(nn.Module(), graph), of, {}, "inductor").total for of in (p, dear))
     assert more > found + 0.9

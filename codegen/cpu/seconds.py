@@ -65,9 +65,9 @@ def seconds_of(
     walk = _Walk(gm, profile, target or "inductor")
     with torch.no_grad():
         walk.run(sizes)
-    calls = profile.overheads[f"{walk.target}.call"]
+    calls = walk.overhead("call") + (walk.inputs - 1) * walk.overhead("input") + walk.reads * walk.overhead("attribute")
     if walk.target == "inductor":
-        calls += walk.loops * profile.overheads["inductor.kernel"]
+        calls += walk.loops * walk.overhead("kernel")
     return Seconds(calls + sum(walk.found.values()), walk.found, calls)
 
 
@@ -101,6 +101,7 @@ class _Walk:
         self.gm, self.profile, self.target = gm, profile, target
         self.found: dict[str, float] = {}
         self.loops, self.open = 0, False  # compiled loops; is one being written
+        self.inputs, self.reads = 0, 0  # weights and buffers are read
         self.near: set[fx.Node] = set()  # made since the last library call
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.working_set = weight_bytes(gm)
@@ -111,17 +112,20 @@ class _Walk:
             for node in self.gm.graph.nodes:
                 if node.op == "placeholder":
                     made[node] = _numbered(node, sizes)
+                    self.inputs += 1
                 elif node.op == "get_attr":
                     value = attribute_of(node)
                     made[node] = self.mode.from_tensor(value)
-                    if self.target == "eager":
-                        self.found[node.name] = self.profile.overheads["eager.attribute"]
+                    self.reads += 1
                 elif node.op == "call_function":
                     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
                     made[node] = node.target(*args, **kwargs)
                     seconds = self._price(node, args, kwargs, made[node])
                     if seconds:
                         self.found[node.name] = seconds
+
+    def overhead(self, name: str) -> float:
+        return self.profile.overhead(f"{self.target}.{name}", self.working_set)
 
     def _price(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> float:
         name = _name(node)
@@ -181,11 +185,10 @@ class _Walk:
         heads, positions, size = q.shape[0] * q.shape[1], k.shape[2], q.shape[3]
         if not attends_in_full(positions):
             return self._flash(args, {})
-        rows, kind = heads * q.shape[2], "float" if attends_in_float(q.shape[0], positions) else "bf16"
-        self.loops += 2  # q, k and v to bf16 for the first product; the softmax for the second
-        self.near, self.open = set(), True
-        seconds = self._around("softmax", rows, positions) + self._around("mul", rows, size)
-        return seconds + self.profile.attention_seconds(f"products_{kind}", heads, positions, size)
+        self.loops, self.near, self.open = self.loops + self.open, set(), True  # its own loops are in its seconds
+        name = "compiled_short" if attends_in_float(q.shape[0], positions) else "compiled"
+        share: float = q.shape[2] / max(positions, 1)
+        return self.profile.attention_seconds(name, heads, positions, size) * share
 
     def _flash(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         q, k = args[:2]
@@ -242,7 +245,7 @@ class _Walk:
 
     def _view(self, name: str) -> float:
         """A dispatch, where nodes are dispatched."""
-        return self.profile.overheads["eager.view"] if self.target == "eager" and name != "getitem" else 0.0
+        return self.overhead("view") if self.target == "eager" and name != "getitem" else 0.0
 
 
 def _name(node: fx.Node) -> str:
