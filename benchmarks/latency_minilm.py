@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 on a CPU: seconds of ours and of others, side by side in one run, with what each loses.
 
     pip install '.[bench,peers]'
-    python benchmarks/latency_minilm.py [--folder my-minilm-4x] [--rounds 15] [--threads 2] [--only ours,openvino]
+    python benchmarks/latency_minilm.py [--folder my-minilm-4x] [--rounds 15] [--threads 2] [--only fxcompress,openvino]
 
 Every round times one call of everybody in turn, so that a busy moment of the machine hits all alike; medians of the
 rounds. `ratio` is OpenVINO's default (bf16 inference) over the row's time: above 1 is faster than OpenVINO.

@@ -12,11 +12,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import sympy
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fxcompress.core.budget import Budget
@@ -320,16 +323,28 @@ def _probe(prober: Prober, site: Site, trials: Sequence[Trial]) -> dict[str, flo
             families.setdefault(storage.name, []).append(trial)
     kappas: dict[str, float] = {}
     for family, mine in families.items():
-        recipe = _typical(mine).recipe
-        alone = recipe if family != recipe.structure.name else Recipe(recipe.structure)
-        kappas[family] = _kappa(prober, site, alone)
+        typical = _typical(mine)
+        if family == typical.recipe.structure.name:
+            weight = Recipe(typical.recipe.structure).make(site).weight
+        else:
+            weight = _lessened(site, _stored(site, typical.recipe), typical.error)
+        kappas[family] = kappa(prober.loss(site, weight, bias_of(site, weight)), local_error(site, weight))
     return kappas
 
 
-def _kappa(prober: Prober, site: Site, recipe: Recipe) -> float:
-    dense = isinstance(recipe.structure, Dense) and recipe.storage is not None
-    weight = recipe.storage.probe_weight(site) if dense else recipe.make(site).weight  # type: ignore[union-attr]
-    return kappa(prober.loss(site, weight, bias_of(site, weight)), local_error(site, weight))
+def _stored(site: Site, recipe: Recipe) -> Tensor:
+    """Something like the weight as it will be read back."""
+    assert recipe.storage is not None
+    dense = isinstance(recipe.structure, Dense)
+    return recipe.storage.probe_weight(site) if dense else recipe.make(site).weight
+
+
+def _lessened(site: Site, weight: Tensor, error: float) -> Tensor:
+    """Part of the way from the site's own weight, so far that it loses `error`: of a large error a model minds each
+    unit less, and a rough rounding loses more than the setting it stands for."""
+    lost = local_error(site, weight)
+    share = math.sqrt(error / lost) if lost > error > 0 else 1.0
+    return torch.lerp(site.weight, weight, share)
 
 
 def _typical(trials: Sequence[Trial]) -> Trial:
