@@ -12,13 +12,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import sympy
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -327,7 +325,7 @@ def _probe(prober: Prober, site: Site, trials: Sequence[Trial]) -> dict[str, flo
         if family == typical.recipe.structure.name:
             weight = Recipe(typical.recipe.structure).make(site).weight
         else:
-            weight = _lessened(site, _stored(site, typical.recipe), typical.error)
+            weight = _stored(site, typical.recipe)
         kappas[family] = kappa(prober.loss(site, weight, bias_of(site, weight)), local_error(site, weight))
     return kappas
 
@@ -337,14 +335,6 @@ def _stored(site: Site, recipe: Recipe) -> Tensor:
     assert recipe.storage is not None
     dense = isinstance(recipe.structure, Dense)
     return recipe.storage.probe_weight(site) if dense else recipe.make(site).weight
-
-
-def _lessened(site: Site, weight: Tensor, error: float) -> Tensor:
-    """Part of the way from the site's own weight, so far that it loses `error`: of a large error a model minds each
-    unit less, and a rough rounding loses more than the setting it stands for."""
-    lost = local_error(site, weight)
-    share = math.sqrt(error / lost) if lost > error > 0 else 1.0
-    return torch.lerp(site.weight, weight, share)
 
 
 def _typical(trials: Sequence[Trial]) -> Trial:

@@ -168,10 +168,11 @@ class Tried(NamedTuple):
 
 def tried(site: Site) -> Tried:
     """An analysis of the site, which row tiers want, too."""
-    qs, count = [*Quantize.space(site)], DRAWS
+    qs, costs, count = [*Quantize.space(site)], row_costs(site, DRAWN_BY), DRAWS
     if is_table(site):
         qs, count = [Quantize(bits, group) for bits, group in TRIED_ON_TABLES], TABLE_DRAWS
-    sample = draw(row_costs(site, DRAWN_BY), count)
+        costs += costs.mean()  # half of them evenly: row tiers ask about rows that are hardly read
+    sample = draw(costs, count)
     made = _round(site.weight[sample.rows].float().T.contiguous(), rounding_metric(site), qs)
     return Tried(sample, {q: row_errors(site, sample.rows, done.read()) for q, done in zip(qs, made)})
 

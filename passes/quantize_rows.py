@@ -36,6 +36,7 @@ from fxcompress.passes.quantize import LARGE_TABLE, Quantize, is_table, row_cost
 
 TIERS = (Quantize(8, 0), Quantize(4, 64), Quantize(3, 128), Quantize(2, 0))
 PRICES = 24
+STRETCHES = 16
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,23 @@ class QuantizeRows(Storage):
 
 def _errors(site: Site) -> Tensor:
     """What each row adds to the site's error at each tier, (tiers, rows) float64: measured at rows that stand for all,
-    elsewhere as the ranges of its groups tell."""
-    known, found = site.analysis(tried), []
+    elsewhere as the ranges of its groups tell, set right by what was measured among its like.
+
+    Its like are the rows of one of STRETCHES in dealing order: on MiniLM rare words lose a quarter more at 2 bits than
+    their ranges tell of frequent ones.
+    """
+    sample, measured = site.analysis(tried)
+    stretch = torch.empty(site.rows, dtype=torch.int64)
+    stretch[_order(site.weight, rounding_metric(site))] = torch.arange(site.rows) * STRETCHES // site.rows
+    mine, weighs, found = stretch[sample.rows], sample.times * sample.draws, []
     for tier in TIERS:
-        costs, measured = row_costs(site, tier), known.errors[tier]
-        told = known.sample.total(costs[known.sample.rows])
-        errors = costs * (known.sample.total(measured) / max(told, torch.finfo(torch.float64).tiny))
-        errors[known.sample.rows] = measured
+        costs = row_costs(site, tier)
+        lost, told = (
+            torch.bincount(mine, weighs * each, STRETCHES) for each in (measured[tier], costs[sample.rows])
+        )
+        whole = float(lost.sum()) / max(float(told.sum()), torch.finfo(torch.float64).tiny)
+        errors = costs * torch.where(told > 0, lost / told, whole)[stretch]
+        errors[sample.rows] = measured[tier]
         found.append(errors)
     return torch.stack(found)
 
