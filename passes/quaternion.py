@@ -75,8 +75,7 @@ class Quaternion(Structure):
 
     @classmethod
     def unasked(cls, site: Site, budget: Budget) -> str | None:
-        # Folded plainly, not in the metric: a tenth of the time, and exact where the weight was trained as quaternions.
-        lost = local_error(site, op.expand(op.fold(site.weight.float()) / 4)) ** 0.5
+        lost = local_error(site, cls().unstored(site)) ** 0.5
         return f"it loses {lost:.0%} of the output untrained; it is offered by name" if lost > MOST_LOST else None
 
     @classmethod
