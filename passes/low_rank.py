@@ -40,8 +40,8 @@ import fxcompress.codegen.ops.low_rank_linear as op
 from fxcompress.core.convolution import convolve, mix
 from fxcompress.core.cost import Cost, linear_cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, judge_of, rounding_metric, row_errors, stand_ins
-from fxcompress.core.rewrite import Operand, Storage, Store, Structure
+from fxcompress.core.metric import Metric, judge_of, rounding_metric
+from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of, use_cost
 
 RANK_STEPS = 8  # instances a site is offered, evenly spaced up to the largest useful rank
@@ -207,28 +207,16 @@ class LowRank(Structure):
         lost = site.analysis(judged_squares)
         return super().unstored_error(site) if lost is None else float(lost[self.rank :].sum())
 
-    def stored_error(self, site: Site, storage: Storage) -> float:
-        """The error before storing, and what storing adds to it: told from V, and rows of U that stand for all."""
-        sample, store = site.analysis(stand_ins), Store(storage)
-        self._fill(site, store, sample.rows)
-        stored = row_errors(site, sample.rows, self.dense(store.read, site).to(site.weight.dtype))
-        before = row_errors(site, sample.rows, self.unstored_rows(site, sample.rows))
-        return max(0.0, self.unstored_error(site) + sample.total(stored - before))
-
     def factor(self, site: Site, store: Store) -> None:
-        self._fill(site, store, slice(None))
-
-    def _fill(self, site: Site, store: Store, rows: Tensor | slice) -> None:
-        """V, and these rows of U."""
         self.check(site)
         best, metric = site.analysis(best_factors), rounding_metric(site)
         u, v = best.u[:, : self.rank], best.v[: self.rank]
         # Split the scale evenly, so that neither factor leaves the range of float16.
         balance = (u.norm(dim=0).clamp_min(1e-30) / v.norm(dim=1).clamp_min(1e-30)).sqrt()
         stored_v = store("v", (v * balance.unsqueeze(1)).to(site.weight.dtype), site.analysis(_input_metric)).double()
-        u = _refit(site.weight[rows].double(), stored_v, metric.columns, fallback=u[rows] / balance)
+        u = _refit(site.weight.double(), stored_v, metric.columns, fallback=u / balance)
         gram = stored_v @ stored_v.T if metric.columns is None else stored_v @ metric.columns @ stored_v.T
-        store("u", u.to(site.weight.dtype), Metric(gram, None if metric.rows is None else metric.rows[rows]))
+        store("u", u.to(site.weight.dtype), Metric(gram, metric.rows))
 
     def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
         return factors["u"].double() @ factors["v"].double()

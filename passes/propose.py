@@ -279,7 +279,7 @@ def _error(site: Site, recipe: Recipe) -> float:
     """Squared relative error of the recipe, carried out."""
     if recipe.storage is None:
         return _own_error(recipe.structure, site)
-    return recipe.structure.stored_error(site, recipe.storage) + recipe.structure.input_error(site)
+    return recipe.error(site, recipe.make(site).weight)
 
 
 def sizes_of(gm: SignedModule, calibration: Calibration) -> dict[str, int]:

@@ -173,8 +173,17 @@ def tried(site: Site) -> Tried:
         qs, count = [Quantize(bits, group) for bits, group in TRIED_ON_TABLES], TABLE_DRAWS
         costs += costs.mean()  # half of them evenly: row tiers ask about rows that are hardly read
     sample = draw(costs, count)
-    made = _round(site.weight[sample.rows].float().T.contiguous(), rounding_metric(site), qs)
-    return Tried(sample, {q: row_errors(site, sample.rows, done.read()) for q, done in zip(qs, made)})
+    rows = torch.cat([sample.rows, *(_extremes(site, group) for group in sorted({q.group_size for q in qs}))])
+    made = _round(site.weight[rows].float().T.contiguous(), rounding_metric(site), qs)
+    read = (done.read()[: len(sample.rows)] for done in made)
+    return Tried(sample, {q: row_errors(site, sample.rows, w) for q, w in zip(qs, read)})
+
+
+def _extremes(site: Site, group: int) -> Tensor:
+    """The rows that hold the largest range of a group and the smallest, (2,): all scales of a matrix are kept on one
+    base and step, and a few rows alone would get finer ones."""
+    ranges = torch.cat([_squared_ranges(p, group or site.columns) for p in torch.split(site.weight, ROW_CHUNK)])
+    return torch.stack([ranges.amax(1).argmax(), ranges.amin(1).argmin()])
 
 
 def row_costs(site: Site, q: Quantize) -> Tensor:

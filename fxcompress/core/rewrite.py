@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from fxcompress.core.budget import Budget
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, local_error, rounding_metric, row_errors, stand_ins
+from fxcompress.core.metric import Metric, rounding_metric, row_errors, stand_ins
 from fxcompress.core.site import Site, Use
 
 _SPEC = re.compile(r"\s*([a-z_0-9]+)\s*(?:\{(.*)\})?\s*")
@@ -212,12 +212,6 @@ class Structure(Rewrite):
         """`local_error` of that, told from rows that stand for all."""
         sample = site.analysis(stand_ins)
         return sample.total(row_errors(site, sample.rows, self.unstored_rows(site, sample.rows)))
-
-    def stored_error(self, site: Site, storage: Storage) -> float:
-        """The same once every matrix is kept by `storage`."""
-        store = Store(storage)
-        self.factor(site, store)
-        return local_error(site, self.dense(store.read, site).to(site.weight.dtype))
 
     @abstractmethod
     def factor(self, site: Site, store: Store) -> None:
