@@ -23,6 +23,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from tabulate import tabulate
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks._rivals import at_equal_sizes
@@ -31,8 +32,10 @@ from fxcompress.api import observe, price, resolve, untouched
 from fxcompress.carrying_out import carry_out
 from fxcompress.checkpoint import bytes_on_disk
 from fxcompress.core.budget import Budget
+from fxcompress.core.calibrate import Calibration
 from fxcompress.core.errors import InfeasibleBudgetError
 from fxcompress.core.plan import Plan
+from fxcompress.core.signature import SignedModule
 from fxcompress.cost_model.select import NEXT_TO_NOTHING, choose
 from fxcompress.passes import REWRITES
 
@@ -94,7 +97,9 @@ def priced(families: list[str]) -> tuple[dict[str, Plan], object, object]:
     return plans, original, known
 
 
-def measured(family, budget, original, known, plan, reference) -> Point:  # type: ignore[no-untyped-def]
+def measured(
+    family: str, budget: str, original: SignedModule, known: Calibration, plan: Plan, reference: Tensor
+) -> Point:
     """Carry the plan out and judge it."""
     compiled = carry_out(original, known, plan, None)
     score, embeddings = minilm.spearman(compiled)

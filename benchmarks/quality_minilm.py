@@ -14,18 +14,21 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tabulate import tabulate
+from torch import Tensor
 
 import fxcompress
 from benchmarks.models import data, minilm
 from fxcompress.api import observe
 from fxcompress.carrying_out import carry_out
-from fxcompress.core.calibrate import bind_batch
+from fxcompress.core.calibrate import Calibration, Call, bind_batch
 from fxcompress.core.plan import Plan
+from fxcompress.core.signature import SignedModule
 from fxcompress.core.verify import compare
 
 BARS = {"4x": (0.001, 0.999), "7.988x": (0.002, 0.982), "10x": (0.005, 0.950), "12x": (0.008, 0.870)}
@@ -81,7 +84,10 @@ def main() -> None:
     print(tabulate(rows, headers=heads, disable_numparse=True))
 
 
-def row(name, compiled, original, calls, score, reference, seconds):  # type: ignore[no-untyped-def]
+def row(
+    name: str, compiled: SignedModule, original: SignedModule, calls: list[Call], score: float, reference: Tensor,
+    seconds: float,
+) -> tuple[str, ...]:  # fmt: skip
     """Save, load, judge."""
     with tempfile.TemporaryDirectory() as folder:
         fxcompress.save(compiled, Path(folder) / "m")
@@ -96,19 +102,18 @@ def row(name, compiled, original, calls, score, reference, seconds):  # type: ig
     )  # fmt: skip
 
 
-def uniform(plan: Plan, original, known, budget: str):  # type: ignore[no-untyped-def]
+def uniform(plan: Plan, original: SignedModule, known: Calibration, budget: str) -> list[tuple[str, SignedModule]]:
     """The most exact single setting whose whole model is no larger than the budget."""
-    import dataclasses
-
     room = fxcompress.Budget(size=budget).size_bytes(plan.original_bytes)
-    best = None
+    assert room is not None
+    best: tuple[str, Plan] | None = None
     for spec in sorted({c.spec for c in plan.candidates if c.spec.startswith("quantize{")}):
         by_site = {c.site: c for c in plan.candidates if c.spec == spec}
         kept = {c.site: c for c in plan.candidates if c.spec == "keep"}
         if len(by_site) < len(kept) - 2:
             continue
         choices = tuple(by_site.get(s.name, kept[s.name]) for s in plan.sites)
-        candidate = dataclasses.replace(plan, choices=choices)
+        candidate = replace(plan, choices=choices)
         if candidate.predicted_bytes <= room and (best is None or candidate.predicted_loss < best[1].predicted_loss):
             best = (spec, candidate)
     return [] if best is None else [(best[0], carry_out(original, known, best[1], None))]

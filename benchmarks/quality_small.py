@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from benchmarks.models import data, grokking, stories, vit_mnist
+from fxcompress.core.signature import SignedModule
 
 
 def main() -> None:
@@ -102,14 +103,14 @@ def sum_rows() -> list[tuple[str, ...]]:
     return rows
 
 
-def ends(compiled) -> tuple[str, ...]:  # type: ignore[no-untyped-def]
+def ends(compiled: SignedModule) -> tuple[str, ...]:
     """Predicted and measured error, and how often each family was chosen."""
     families = Counter("+".join(p.split("{")[0].strip() for p in c.spec.split("|")) for c in compiled.plan.choices)
     chosen = ", ".join(f"{n} {name}" for name, n in families.most_common())
     return f"{compiled.report.predicted_error:.4f}", f"{compiled.report.measured_error:.4f}", chosen
 
 
-def roundtrip(compiled):  # type: ignore[no-untyped-def]
+def roundtrip(compiled: SignedModule) -> tuple[SignedModule, str]:
     """Through the disk: what is judged is what was stored."""
     with tempfile.TemporaryDirectory() as folder:
         fxcompress.save(compiled, Path(folder) / "m")

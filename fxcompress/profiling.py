@@ -10,6 +10,7 @@ version of torch. Nothing measures by itself but `profile`, and `here` where a l
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import random
 import statistics
@@ -150,7 +151,7 @@ def _measured(sizes: Sizes, progress: bool) -> DeviceProfile:
             shares.append(told("fused", partial(loops.fused_grid, several, alone, sizes)))
         made = DeviceProfile(
             device_name(), torch.get_num_threads(), versions(), datetime.date.today().isoformat(), cache_bytes(),
-            products, alone, attention, around, _least(*shares[-2:]), (0.0, 0.0), {},
+            products, alone, attention, around, functools.reduce(_least, shares), (0.0, 0.0), {},
         )  # fmt: skip
         made = replace(made, pulse=typical(pulses))
         return replace(made, error=told("its own error", partial(_judged, made, sizes, between, memory, beat)))

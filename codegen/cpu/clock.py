@@ -24,6 +24,7 @@ from fxcompress.codegen.cpu import products
 
 LAYER = 2 << 20  # bytes of weights between two calls of a kernel: more than a second-level cache
 SAMPLES = 7
+LONG, ENOUGH = 0.01, 5  # seconds of a call of which so many samples do
 Run = Callable[[], Any]
 
 
@@ -123,12 +124,12 @@ def seconds_beyond(run: Run, floor: Run, samples: int = 15) -> float:
     floor()
     run()
     found: tuple[list[float], list[float]] = ([], [])
-    for _ in range(samples):
+    for at in range(samples):
         for each, seconds in zip((floor, run), found):
             start = time.perf_counter()
             each()
             seconds.append(time.perf_counter() - start)
-            if seconds[-1] > 0.01 and len(found[1]) > 4:
-                break
+        if at >= ENOUGH - 1 and found[1][-1] > LONG:
+            break
     low, high = (sorted(seconds)[len(seconds) // 4] for seconds in found)
     return high - low
