@@ -54,6 +54,7 @@ class BlockGrid(Structure):
     """`blocks` x `blocks` blocks of rank `rank`; the site keeps its bias."""
 
     op: ClassVar[Any]  # (x, v, u, blocks, bias) -> y
+    errs_as: ClassVar[str] = "factors"
 
     blocks: int
     rank: int | float  # a share of each block's break-even rank where it is below 1

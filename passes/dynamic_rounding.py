@@ -46,6 +46,7 @@ LEAST = 1e-5  # of the largest range: a column that was never seen, or never use
 class DynamicRounding(Structure):
     """8 bits on both sides; `smooth` is the share of their ranges that the weight takes over (0 to 1)."""
 
+    keeps: ClassVar[tuple[str, ...]] = ("codes", "scales", "smooth")
     op: ClassVar[OpOverload]
     largest: ClassVar[float]  # number of the format
 

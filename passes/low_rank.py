@@ -68,8 +68,8 @@ def best_factors(site: Site) -> Factors:
     metric, row_weight = rounding_metric(site).columns, site.statistics.row_weight
     if _by_outputs(site):
         w = site.weight.double()
-        gram = w @ w.T if metric is None else w @ metric @ w.T
-        _, p = torch.linalg.eigh(gram if metric is None else w @ damped(metric, DAMPING) @ w.T)
+        gram = site.analysis(image) @ w.T
+        _, p = torch.linalg.eigh(gram if metric is None else gram + damping(metric, DAMPING) * (w @ w.T))
         p = p.flip(1)
         return Factors(p, p.T @ w, ((gram @ p) * p).sum(0).clamp_min(0))
     identity = torch.eye(site.columns, dtype=torch.float64)
@@ -86,6 +86,19 @@ def best_factors(site: Site) -> Factors:
     kept = torch.float64 if len(parts) == 1 else torch.float32
     u = torch.cat([(part.double() @ (chol @ q)).to(kept) for part in parts])
     return Factors(u, v, squares.clamp_min(0).flip(0))
+
+
+def image(site: Site) -> Tensor:
+    """W G (rows, columns) float64, undamped; an analysis of the site."""
+    metric = rounding_metric(site).columns
+    return site.weight.double() if metric is None else site.weight.double() @ metric
+
+
+def absorbed(site: Site) -> float:
+    """What a bias takes over of the squared output, |W mu|^2: no metric of a correctable site counts it, the output
+    does; an analysis of the site."""
+    mean = site.statistics.mean
+    return float((site.weight.double() @ mean).square().sum()) if site.correctable and mean is not None else 0.0
 
 
 def judged_squares(site: Site) -> Tensor | None:
@@ -126,8 +139,13 @@ def _input_metric(site: Site) -> Metric:
 
 def damped(metric: Tensor, share: float) -> Tensor:
     """metric + share mean(diag) I; positive definite even where every input was zero."""
+    return metric + damping(metric, share) * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+
+
+def damping(metric: Tensor, share: float) -> Tensor:
+    """share mean(diag), a scalar, never 0."""
     level: Tensor = share * metric.diagonal().mean() + torch.finfo(metric.dtype).tiny**0.5
-    return metric + level * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    return level
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,7 @@ class LowRank(Structure):
 
     name: ClassVar[str] = "low_rank"
     paper: ClassVar[str] = "arXiv 2403.07378"
+    errs_as: ClassVar[str] = "factors"
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution")
 
@@ -189,10 +208,7 @@ class LowRank(Structure):
 
     def error_bound(self, site: Site) -> float:
         squares = site.analysis(best_factors).squares
-        total = float(squares.sum())
-        mean = site.statistics.mean
-        if site.correctable and mean is not None:  # G leaves out what a bias absorbs; the output does not
-            total += float((site.weight.double() @ mean).square().sum())
+        total = float(squares.sum()) + site.analysis(absorbed)
         return float(squares[self.rank :].sum()) / total if total > 0 else 0.0
 
     def unstored(self, site: Site) -> Tensor:

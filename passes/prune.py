@@ -35,7 +35,7 @@ class Prune(Pruning):
     """The share `sparsity` of every row dropped, chosen `by` one of masks.CRITERIA."""
 
     name: ClassVar[str] = "prune"
-    which: ClassVar[str] = "mask"
+    keeps: ClassVar[tuple[str, ...]] = ("mask",)
     op: ClassVar[OpOverload] = torch.ops.fxcompress.unmask.default
 
     sparsity: float

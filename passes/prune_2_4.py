@@ -37,7 +37,7 @@ class Prune24(Pruning):
     """Two of every four neighbours in a row, chosen `by` one of masks.CRITERIA."""
 
     name: ClassVar[str] = "prune_2_4"
-    which: ClassVar[str] = "patterns"
+    keeps: ClassVar[tuple[str, ...]] = ("patterns",)
     op: ClassVar[OpOverload] = torch.ops.fxcompress.unmask_2_4.default
 
     by: str = "sparsegpt"

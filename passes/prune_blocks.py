@@ -45,7 +45,7 @@ class PruneBlocks(Pruning):
     """The share `sparsity` of the `block` x `block` tiles dropped, chosen `by` one of masks.CRITERIA."""
 
     name: ClassVar[str] = "prune_blocks"
-    which: ClassVar[str] = "mask"
+    keeps: ClassVar[tuple[str, ...]] = ("mask",)
     op: ClassVar[OpOverload] = torch.ops.fxcompress.unmask.default
 
     sparsity: float

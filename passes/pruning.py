@@ -10,7 +10,7 @@ for a product, the rows that are asked for in a lookup. fxcompress.passes.masks 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import ClassVar
 
 import sympy
@@ -35,7 +35,7 @@ class Pruning(Structure):
 
     paper: ClassVar[str] = "arXiv 2301.00774"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution")
-    which: ClassVar[str]  # name of the tensor that says which weights stay
+    keeps: ClassVar[tuple[str, ...]]  # one: the tensor that says which weights stay
     op: ClassVar[OpOverload]  # (which, values, *constants) -> the dense rows
 
     by: str
@@ -68,6 +68,9 @@ class Pruning(Structure):
     def error_bound(self, site: Site) -> float:
         return site.analysis(masks.Bound(self._projection(site)))
 
+    def series(self) -> Hashable:
+        return self.name, self.by
+
     def unstored(self, site: Site) -> Tensor:
         return site.analysis(self._projection(site)).dense()
 
@@ -75,14 +78,14 @@ class Pruning(Structure):
         pruned = site.analysis(self._projection(site))
         # A column of values holds weights of many columns of W, so it has no place in G: only rows keep their weight.
         store("values", pruned.values.to(site.weight.dtype), Metric(rows=rounding_metric(site).rows))
-        store.keep(self.which, self.packed(pruned.keep))
+        store.keep(self.keeps[0], self.packed(pruned.keep))
 
     def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
-        weight: Tensor = self.op(factors[self.which], factors["values"], *self.constants(site.columns))
+        weight: Tensor = self.op(factors[self.keeps[0]], factors["values"], *self.constants(site.columns))
         return weight
 
     def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
-        which, values = self.row_by_row(graph, operands[self.which]), operands["values"]
+        which, values = self.row_by_row(graph, operands[self.keeps[0]]), operands["values"]
 
         def dense(which: fx.Node, values: fx.Node) -> fx.Node:
             return graph.call_function(self.op, (which, values, *self.constants(_columns(use))))

@@ -36,10 +36,10 @@ import fxcompress.codegen.ops.quaternion_linear as op
 from fxcompress.core.budget import Budget
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, local_error, rounding_metric
+from fxcompress.core.metric import Metric, rounding_metric
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
-from fxcompress.passes.low_rank import DAMPING, damped
+from fxcompress.passes.low_rank import DAMPING, damped, damping, image
 
 MOST_LOST = 0.1  # of the output, where it is weighed unasked: a weight that was trained as quaternions loses nothing
 
@@ -75,7 +75,7 @@ class Quaternion(Structure):
 
     @classmethod
     def unasked(cls, site: Site, budget: Budget) -> str | None:
-        lost = local_error(site, cls().unstored(site)) ** 0.5
+        lost = cls().unstored_error(site) ** 0.5
         return f"it loses {lost:.0%} of the output untrained; it is offered by name" if lost > MOST_LOST else None
 
     @classmethod
@@ -108,7 +108,7 @@ def nearest(site: Site) -> Nearest:
     w, metric = site.weight.double(), rounding_metric(site).columns
     if metric is None:
         return Nearest(op.fold(w) / 4, Metric())
-    g = damped(metric, DAMPING)
-    curvature = sum((op.turn(op.turn(g, a).T, a) for a in range(4)), torch.zeros_like(g))
-    components = torch.cholesky_solve(op.fold(w @ g).T, torch.linalg.cholesky(curvature)).T
+    curvature = op.turned(damped(metric, DAMPING))
+    image_of = site.analysis(image) + damping(metric, DAMPING) * w
+    components = torch.cholesky_solve(op.fold(image_of).T, torch.linalg.cholesky(curvature)).T
     return Nearest(components, Metric(curvature))

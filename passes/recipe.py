@@ -87,6 +87,22 @@ class Recipe:
         weight = self.structure.dense(store.read, site).to(site.weight.dtype)
         return Made(self, store, weight, bias_of(site, weight))
 
+    def names(self, site: Site) -> tuple[str, ...]:
+        """Of the tensors that `make` makes, but a bias."""
+        matrices = [*self.structure.matrices(site)]
+        keys = matrices if self.storage is None else [key_of(m, key) for m in matrices for key in self.storage.keys]
+        return (*keys, *self.structure.keeps)
+
+    def of(self, site: Site, tensors: Mapping[str, Tensor]) -> Made:
+        """What `make` made, from its `names` (on meta, too) and the "bias" there may be; of `site` only the sizes and
+        the dtype are read."""
+        store = Store(self.storage)
+        store.kept = set(self.structure.keeps)
+        store.tensors = {name: tensors[name] for name in self.names(site)}
+        for name, (rows, columns) in self.structure.matrices(site).items():
+            store.likes[name] = torch.empty(rows, columns, dtype=site.weight.dtype, device="meta")
+        return Made(self, store, site.weight.to("meta"), tensors.get("bias"))
+
     def draw(self, site: Site, generator: torch.Generator) -> Made:
         """A random start of the same shapes, for training from scratch."""
         store = Store(self.storage)
@@ -107,6 +123,17 @@ class Made:
     def tensors(self) -> dict[str, Tensor]:
         """What takes the weight's place, by attribute name."""
         return self.store.tensors
+
+    def read(self, site: Site) -> Tensor:
+        """The dense weight (rows, columns), from the tensors alone."""
+        store, storage, found = self.store, self.recipe.storage, {name: self.tensors[name] for name in self.store.kept}
+        for name, like in store.likes.items():
+            if storage is None:
+                found[name] = self.tensors[name]
+            else:
+                mine = {key: self.tensors[key_of(name, key)] for key in storage.keys}
+                found[name] = storage.decode(mine, like)
+        return self.recipe.structure.dense(found, site).to(self.weight.dtype)
 
     def settled(self) -> Made:
         """The same without its dense forms, to be kept: no larger than what is stored."""

@@ -77,6 +77,7 @@ class TensorTrain(Structure):
 
     name: ClassVar[str] = "tensor_train"
     paper: ClassVar[str] = "arXiv 2306.02697"
+    errs_as: ClassVar[str] = "factors"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied")
 
     rank: int

@@ -17,6 +17,7 @@ be made up for in the next. L(Q) is made for the product and not kept, backward 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import sympy
@@ -56,6 +57,15 @@ def turn(rows: Tensor, a: int) -> Tensor:
     """Chunk `a` of the outputs: how each entry of its rows (n, in) counts for the components, (n, in)."""
     parts = rows.chunk(4, 1)
     return torch.cat([_signed(parts[a ^ k], a, a ^ k) for k in range(4)], 1)
+
+
+def turned(metric: Tensor) -> Tensor:
+    """sum_a T_a G T_a^T of a G (in, in): each row of it as a chunk of outputs turns it, and each column."""
+    total, (side, _) = torch.zeros_like(metric), metric.shape
+    into, out = (torch.unflatten(torch.unflatten(m, 1, (4, side // 4)), 0, (4, side // 4)) for m in (total, metric))
+    for a, j, k in itertools.product(range(4), repeat=3):
+        into[j, :, k].add_(out[a ^ j, :, a ^ k], alpha=SIGNS[a][a ^ j] * SIGNS[a][a ^ k])
+    return total
 
 
 def _signed(block: Tensor, a: int, b: int) -> Tensor:

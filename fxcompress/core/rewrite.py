@@ -169,6 +169,8 @@ class Structure(Rewrite):
 
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     joint: ClassVar[bool] = False  # what it loses shows at other sites, too: none of them can be judged alone
+    keeps: ClassVar[tuple[str, ...]] = ()  # names of what `factor` keeps beside the matrices
+    errs_as: ClassVar[str] = ""  # the family whose errors a model minds alike, its own where empty
 
     @abstractmethod
     def matrices(self, site: Site) -> dict[str, tuple[int, int]]:
