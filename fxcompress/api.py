@@ -176,8 +176,7 @@ def price(
     """Every candidate of every site, and the best choice of them under `budget`."""
     sites = take_roles(find_sites(original), find_roles(original, known.informed))
     ties = parallel(sites)
-    as_it_is = budget.size_bytes(100) == 100 and budget.error is budget.flops is budget.latency is None
-    allowed = () if as_it_is else rewrites
+    allowed = () if budget.as_it_is else rewrites
     candidates, refusals = propose(original, sites, ties, allowed, known, budget, named, progress, pricing)
     ties += unit_ties(sites, candidates)
     total = stored_bytes(original)

@@ -78,6 +78,11 @@ class Budget:
         return value if unit == "bytes" else value * original_bytes
 
     @property
+    def as_it_is(self) -> bool:
+        """True for "1x" alone: nothing is to be changed."""
+        return self.size_bytes(100) == 100 and self.error is self.flops is self.latency is None
+
+    @property
     def fastest(self) -> bool:
         """True where the least latency is asked for, not a bound on it."""
         return isinstance(self.latency, str) and self.latency.strip().lower() == MIN

@@ -51,6 +51,10 @@ class LoweringError(FxcompressError, ValueError):
     """A module that cannot be lowered, or a place it cannot be lowered to."""
 
 
+class BackendError(FxcompressError, ValueError):
+    """torch.compile asks the backend for what it does not do, or with options that mean nothing."""
+
+
 class KernelError(FxcompressError):
     """A kernel that cannot be built here, or is not what it should be."""
 

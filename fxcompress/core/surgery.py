@@ -50,6 +50,14 @@ def place(site: Site) -> tuple[str, str]:
 def finish(gm: fx.GraphModule) -> None:
     """Drop what nothing reads any more, then check and recompile."""
     gm.graph.eliminate_dead_code()
+    tidy(gm)
+
+
+def tidy(gm: fx.GraphModule) -> None:
+    """The same, but every call stays: torch's own functions may change their arguments, and fx does not know which."""
+    for node in reversed(gm.graph.find_nodes(op="get_attr")):
+        if not node.users:
+            gm.graph.erase_node(node)
     read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
     parameters = [name for name, _ in gm.named_parameters(remove_duplicate=False)]
     for path in parameters + [name for name, _ in gm.named_buffers()]:

@@ -1,0 +1,66 @@
+"""What a compiled graph holds in place of each weight: enough to put it somewhere else.
+
+    encoder.layer.0.attention.self.query      quantize{bits=4, group_size=64}      codes  scales  zeros  grid  bias
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcompress.core.errors import PlanError
+from fxcompress.core.plan import KEEP, SiteInfo
+from fxcompress.core.signature import SignedModule
+from fxcompress.core.site import Site
+from fxcompress.core.surgery import place
+from fxcompress.passes import REWRITES
+from fxcompress.passes.hidden_units import HiddenUnits
+from fxcompress.passes.recipe import Recipe, parse
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What stands for the weight of a site: a recipe and its tensors by name, with the "bias" beside it, if any."""
+
+    site: str
+    rows: int
+    columns: int
+    recipe: Recipe
+    tensors: Mapping[str, Tensor]
+
+
+def parts_of(compiled: SignedModule) -> list[Part]:
+    """One for each site that was rewritten, in graph order; the tensors are the graph's own. Raises `PlanError`."""
+    if "plan" not in compiled.meta:
+        raise PlanError("this graph was restructured without a plan; give one that fxcompress.compile returned.")
+    sizes = {info.name: info for info in compiled.plan.sites}
+    chosen = [choice for choice in compiled.plan.choices if choice.spec != KEEP]
+    return [_part(compiled, sizes[choice.site], parse(choice.spec, REWRITES)) for choice in chosen]
+
+
+def _part(compiled: SignedModule, info: SiteInfo, recipe: Recipe) -> Part:
+    if isinstance(recipe.structure, HiddenUnits):
+        raise PlanError(
+            f"{recipe} at {info.name} cuts what lies between weights, which a graph alone can hold; use the compiled "
+            "graph, or compile without hidden_units."
+        )
+    paths = (f"{info.name}.weight",) if _owns(compiled, info.name) else (info.name,)
+    site = Site(info.name, paths, torch.empty(info.rows, info.columns, device="meta"), ())
+    owner_path, prefix = place(site)
+    owner: Any = compiled.get_submodule(owner_path)
+    names = (*recipe.names(site), "bias")
+    tensors = {name: getattr(owner, prefix + name) for name in names if hasattr(owner, prefix + name)}
+    return Part(info.name, info.rows, info.columns, recipe, tensors)
+
+
+def _owns(compiled: SignedModule, name: str) -> bool:
+    """True where the site is named after a module, False where after its weight."""
+    try:
+        compiled.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
