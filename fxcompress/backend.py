@@ -11,19 +11,16 @@ that is kept from one graph to the next is in the `Session` of the options that 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import re
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import tracing
 from torch._inductor.compile_fx import compile_fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.api import compile
 from fxcompress.checkpoint import load
@@ -31,10 +28,11 @@ from fxcompress.core.budget import Budget
 from fxcompress.core.errors import BackendError
 from fxcompress.core.plan import Plan
 from fxcompress.core.signature import SignedModule
+from fxcompress.dynamo_frame import Frame, inputs_of
 from fxcompress.dynamo_graph import rewritten
-from fxcompress.parts import Part, parts_of
+from fxcompress.parts import Part, parts_of, weight_of
 
-OPTIONS = ("budget", "calibration", "plan", "lower", "rewrites", "example_inputs", "progress")
+OPTIONS = ("budget", "calibration", "warmup_batches", "plan", "lower", "rewrites", "example_inputs", "progress")
 LOWER = ("inductor", "eager")
 
 
@@ -45,6 +43,7 @@ def fxcompress(
 
     options: `budget`, `calibration`, `rewrites`, `example_inputs` and `progress` as `fxcompress.compile` takes them;
         `plan`: a Plan, what `compile` or `load` returned, or the folder `save` wrote, whose tensors are taken;
+        `warmup_batches`: in place of calibration, so many calls run as they are and calibrate what follows;
         `lower`: "inductor" (the default) or "eager".
 
     Raises `BackendError` in training mode, with gradients, and for options that mean nothing; and what `compile`
@@ -57,9 +56,18 @@ def fxcompress(
             "backend 'fxcompress' serves inference, and gradients are asked for: call the model under "
             "torch.no_grad() or torch.inference_mode(). To train compressed layers, use fxcompress.restructure."
         )
-    if any(id(p) not in session.seen for p in parameters):
-        session.learn(gm)
-        session.seen.update({id(p): p for p in parameters})
+    frame = Frame.current()
+    new = [m for m in frame.owners(gm) if any(p not in session.seen for p in m.parameters())]
+    for model in new:
+        if model.training:
+            raise BackendError(
+                f"backend 'fxcompress' serves inference, and {type(model).__name__} is in training mode: call "
+                "model.eval() first."
+            )
+        if not session.is_cold:
+            session.learn(model, frame.call_of(model))
+    if session.is_cold:
+        return Warming(session, gm, new[0], inputs_of(gm, new[0])) if len(new) == 1 else gm.forward
     work = rewritten(gm, inputs, session.part_of)
     lowered = compile_fx(work, list(inputs)) if session.lower == "inductor" else work.forward
     assert callable(lowered)
@@ -71,8 +79,9 @@ class Session:
     """What one call of torch.compile has compressed so far."""
 
     options: Mapping[str, Any]  # held, so that its id stays its own
-    seen: dict[int, Tensor] = field(default_factory=dict)  # parameters by id, held for the same reason
-    part_of: dict[int, Part] = field(default_factory=dict)
+    seen: MutableMapping[Tensor, bool] = field(default_factory=WeakTensorKeyDictionary)  # parameters
+    part_of: MutableMapping[Tensor, Part] = field(default_factory=WeakTensorKeyDictionary)
+    calls: list[dict[str, Tensor]] = field(default_factory=list)  # that warm it up
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> Session:
@@ -88,6 +97,11 @@ class Session:
                 "backend 'fxcompress' needs to know how small: "
                 'torch.compile(model, backend="fxcompress", options={"budget": "4x"}), or a "plan".'
             )
+        warmup = options.get("warmup_batches", 0)
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+            raise BackendError(f"option warmup_batches={warmup!r} must be a number of calls, such as 8.")
+        if warmup and ("calibration" in options or "plan" in options):
+            raise BackendError("option warmup_batches collects calibration; leave it out beside one, or a plan.")
         if options.get("lower", LOWER[0]) not in LOWER:
             raise BackendError(f"option lower={options['lower']!r}: allowed are {' and '.join(map(repr, LOWER))}.")
         return _SESSIONS.setdefault(id(options), cls(options))
@@ -97,23 +111,17 @@ class Session:
         """ "inductor" or "eager"."""
         return str(self.options.get("lower", LOWER[0]))
 
-    def learn(self, gm: fx.GraphModule) -> None:
-        """Compress the models that own the parameters of a graph."""
-        frame = Frame.current()
-        for model in frame.owners(gm):
-            parameters = dict(model.named_parameters(remove_duplicate=False))
-            if all(id(p) in self.seen for p in parameters.values()):
-                continue
-            if model.training:
-                raise BackendError(
-                    f"backend 'fxcompress' serves inference, and {type(model).__name__} is in training mode: call "
-                    "model.eval() first."
-                )
-            with _apart():
-                parts = self._parts(model, frame.call_of(model))
-            for part in parts:
-                self.part_of[id(parameters[_path(part.site, parameters)])] = part
-            self.seen.update({id(p): p for p in parameters.values()})
+    @property
+    def is_cold(self) -> bool:
+        """True while calls are collected."""
+        return len(self.calls) < int(self.options.get("warmup_batches", 0))
+
+    def learn(self, model: nn.Module, call: dict[str, Any] | None) -> None:
+        """Compress `model`, which is being called with `call` where that is known."""
+        with _apart():
+            parts = self._parts(model, call)
+        self.part_of.update({weight_of(model, part): part for part in parts})
+        self.seen.update(dict.fromkeys(model.parameters(), True))
 
     def _parts(self, model: nn.Module, call: dict[str, Any] | None) -> list[Part]:
         plan, budget = self.options.get("plan"), self.options.get("budget")
@@ -125,7 +133,7 @@ class Session:
             raise BackendError(f"option plan is a {type(plan).__name__}; give a Plan, a compiled graph or a folder.")
         if plan is None and budget is not None and Budget.parse(budget).as_it_is:
             return []
-        calibration, example = self.options.get("calibration"), self.options.get("example_inputs")
+        calibration, example = self.options.get("calibration", self.calls or None), self.options.get("example_inputs")
         if example is None and calibration is None:
             example = call
         compiled = compile(
@@ -138,8 +146,30 @@ class Session:
 _SESSIONS: dict[int, Session] = {}
 
 
-def _path(site: str, parameters: Mapping[str, Tensor]) -> str:
-    return f"{site}.weight" if f"{site}.weight" in parameters else site
+@dataclass(eq=False)
+class Warming:
+    """A graph that runs as it is and collects its inputs, until there are enough; then with the parts."""
+
+    session: Session
+    gm: fx.GraphModule
+    model: nn.Module
+    names: Mapping[int, str] | None  # of inputs that are arguments of the model; None: its calls tell nothing
+    lowered: Callable[..., Any] | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self.session.is_cold:
+            if self.names is not None:
+                with torch.inference_mode(False):
+                    self.session.calls.append({name: inputs[at].clone() for at, name in self.names.items()})
+            return self.gm.forward(*inputs)
+        if self.lowered is None:
+            if any(p not in self.session.seen for p in self.model.parameters()):
+                self.session.learn(self.model, None)
+            work = rewritten(self.gm, inputs, self.session.part_of)
+            sized = any(isinstance(value, int) for value in inputs)  # Dynamo guards every other size
+            inductor = self.session.lower == "inductor"
+            self.lowered = torch.compile(work, dynamic=sized) if inductor else work.forward
+        return self.lowered(*inputs)
 
 
 @contextlib.contextmanager
@@ -153,42 +183,3 @@ def _apart() -> Iterator[None]:
         apart.enter_context(tracing(None))
         apart.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """The call that Dynamo compiles: what its sources (`L['self']._modules['up']._parameters['weight']`) speak of."""
-
-    names: Mapping[str, Mapping[str, Any]]  # L: its variables, G: the globals it sees
-    code: types.CodeType
-
-    @classmethod
-    def current(cls) -> Frame:
-        """Raises `RuntimeError` outside of Dynamo."""
-        root = InstructionTranslator.current_tx().output.root_tx
-        return cls({"L": root.f_locals, "G": root.f_globals}, root.f_code)
-
-    def owners(self, gm: fx.GraphModule) -> list[nn.Module]:
-        """The outermost modules that own the graph's parameters."""
-        found: dict[int, nn.Module] = {}
-        for node in gm.graph.find_nodes(op="placeholder"):
-            name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", None)
-            name = name() if callable(name) else name  # torch 2.11 has a method, 2.13 a property
-            if isinstance(name, str) and "._parameters[" in name:  # an expression that Dynamo itself evaluates
-                module = eval(re.split(r"\._(?:modules|parameters)\[", name)[0], dict(self.names))
-                found.setdefault(id(module), module)
-        return [*found.values()]
-
-    def call_of(self, model: nn.Module) -> dict[str, Tensor] | None:
-        """The tensors `model` is called with, by the names of its forward, where this is its call."""
-        values, names, code = self.names["L"], self.code.co_varnames, self.code
-        if not names or values.get(names[0]) is not model:
-            return None
-        at = code.co_argcount + code.co_kwonlyargcount
-        given = {name: values.get(name) for name in names[1:at]}
-        if code.co_flags & inspect.CO_VARARGS:
-            given.update(zip(inspect.signature(model.forward).parameters, values[names[at]]))
-            at += 1
-        if code.co_flags & inspect.CO_VARKEYWORDS:
-            given.update(values[names[at]])
-        return {name: value for name, value in given.items() if isinstance(value, Tensor)} or None

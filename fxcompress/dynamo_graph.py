@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxcompress.core.site import find_sites
 from fxcompress.core.surgery import tidy
@@ -60,7 +60,7 @@ SPELLINGS: Mapping[Any, Spelling] = {
 }
 
 
-def rewritten(gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[int, Part]) -> fx.GraphModule:
+def rewritten(gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[Tensor, Part]) -> fx.GraphModule:
     """A copy of `gm`, whose inputs are `inputs`, with parts for the parameters that have one, by identity. `gm` stays
     as it is: Dynamo goes on to read it."""
     graph = fx.Graph()
@@ -71,7 +71,7 @@ def rewritten(gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[int, P
             node.meta["val"] = node.meta["example_value"]
     for at, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), inputs)):
         if isinstance(value, nn.Parameter):
-            part = part_of.get(id(value))
+            part = part_of.get(value)
             if part is not None:
                 parts[f"site{at}"] = part
             _read_as_attribute(work, node, f"site{at}", value if part is None else nn.Parameter(hollow(value), False))

@@ -16,7 +16,7 @@ from fxcompress.core.errors import PlanError
 from fxcompress.core.plan import Plan
 from fxcompress.core.signature import SignedModule
 from fxcompress.leaves import hollow, native_of, swap
-from fxcompress.parts import Part, parts_of
+from fxcompress.parts import Part, parts_of, weight_of
 
 
 def apply(
@@ -48,8 +48,8 @@ def with_parts(model: nn.Module, parts: Sequence[Part]) -> nn.Module:
     Raises `PlanError` where a weight is in no module that can be swapped.
     """
     owners = {part.site: owners_of(model, part) for part in parts}
-    weights = {id(w): w for part in parts for w in [model.get_parameter(f"{part.site}.weight")]}
-    skipped = {key: nn.Parameter(hollow(weight), requires_grad=False) for key, weight in weights.items()}
+    weights = [weight_of(model, part) for part in parts]
+    skipped = {id(weight): nn.Parameter(hollow(weight), requires_grad=False) for weight in weights}
     twin = copy.deepcopy(model, dict[int, Any](skipped))
     for part in parts:
         tensors = {name: tensor.detach().clone() for name, tensor in part.tensors.items()}
@@ -59,21 +59,11 @@ def with_parts(model: nn.Module, parts: Sequence[Part]) -> nn.Module:
 
 
 def owners_of(model: nn.Module, part: Part) -> list[str]:
-    """Paths of the modules whose `weight` is that of the site. Raises `PlanError` where there is none, or another."""
-    where = f"{part.recipe} at {part.site}"
-    try:
-        weight = model.get_parameter(f"{part.site}.weight")
-    except AttributeError:
-        raise PlanError(
-            f"{where}: this model has no module of that name with a weight, and module mode swaps nothing else. Use "
-            "the compiled graph, or a plan of this model."
-        ) from None
-    if {*weight.flatten(1).shape} != {part.rows, part.columns}:
-        raise PlanError(
-            f"{where}: the plan was made for a weight of {part.rows} x {part.columns}, and this model's is "
-            f"{' x '.join(map(str, weight.shape))}. Use a plan of this model."
-        )
+    """Paths of the modules whose `weight` the part stands for. Raises `PlanError` where there is none, or another."""
+    weight, where = weight_of(model, part), f"{part.recipe} at {part.site}"
     owners = {path: m for path, m in model.named_modules() if m._parameters.get("weight") is weight}
+    if not owners:
+        raise PlanError(f"{where}: this is no module's `weight`; module mode swaps modules. Use the compiled graph.")
     for path, module in owners.items():
         if native_of(type(module)) is None:
             raise PlanError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxcompress.core.errors import PlanError
 from fxcompress.core.plan import KEEP, SiteInfo
@@ -40,6 +40,23 @@ def parts_of(compiled: SignedModule) -> list[Part]:
     sizes = {info.name: info for info in compiled.plan.sites}
     chosen = [choice for choice in compiled.plan.choices if choice.spec != KEEP]
     return [_part(compiled, sizes[choice.site], parse(choice.spec, REWRITES)) for choice in chosen]
+
+
+def weight_of(model: nn.Module, part: Part) -> nn.Parameter:
+    """The parameter that `part` stands for. Raises `PlanError` where the model has none of that name and size."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weight = parameters.get(f"{part.site}.weight", parameters.get(part.site))
+    if weight is None:
+        raise PlanError(
+            f"the plan was made for another model: it says {part.recipe} at {part.site}, and {type(model).__name__} "
+            "has no such weight."
+        )
+    if {*weight.flatten(1).shape} != {part.rows, part.columns}:
+        raise PlanError(
+            f"the plan was made for another model: {part.site} is {part.rows} x {part.columns} in the plan and "
+            f"{' x '.join(map(str, weight.shape))} here."
+        )
+    return weight
 
 
 def _part(compiled: SignedModule, info: SiteInfo, recipe: Recipe) -> Part:

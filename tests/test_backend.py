@@ -4,6 +4,9 @@ contract that PyTorch sets its backends.
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -140,6 +143,38 @@ def test_inductor_takes_it_on(pair):
         torch.testing.assert_close(mine(ids(length=length)), compiled(ids(length=length)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_first_calls_calibrate_the_rest(pair, lower, mode):
+    net, compiled = pair
+    batches = [i for (i,) in CALIBRATION]
+    with mode():
+        mine = backend(net, budget="3x", warmup_batches=8, lower=lower)
+        for batch in batches:
+            assert torch.equal(mine(batch), net(batch))
+        for length in (24, 9):
+            torch.testing.assert_close(mine(ids(length=length)), compiled(ids(length=length)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_plan_of_another_model_is_refused(pair):
+    other = Net().eval()
+    other.up, other.down = nn.Linear(96, 128), nn.Linear(128, 96, bias=False)
+    with pytest.raises(BackendCompilerFailed, match="another model: up is 256 x 96 in the plan and 128 x 96 here"):
+        backend(other, plan=pair[1])(ids())
+
+
+@torch.no_grad()
+def test_a_model_that_is_gone_is_held_by_nobody(pair):
+    net = Net().eval()
+    backend(net, plan=pair[1])(ids())
+    weight = weakref.ref(net.up.weight)
+    del net
+    torch._dynamo.reset()
+    gc.collect()
+    assert weight() is None
+
+
 @torch.no_grad()
 def test_functions_around_a_model_and_models_inside_of_models(pair):
     net, compiled = pair
@@ -182,6 +217,8 @@ def test_the_model_and_the_random_state_are_left_alone(pair):
         ({}, "needs to know how small"),
         ({"budget": "3x", "bits": 4}, "has no option 'bits'; it takes budget, calibration"),
         ({"budget": "3x", "lower": "onnx"}, "option lower='onnx': allowed are 'inductor' and 'eager'"),
+        ({"budget": "3x", "warmup_batches": -1}, "option warmup_batches=-1 must be a number of calls, such as 8"),
+        ({"budget": "3x", "warmup_batches": 8, "calibration": []}, "warmup_batches collects calibration; leave it out"),
         ({"plan": 4}, "option plan is a int; give a Plan, a compiled graph or a folder"),
         ({"budget": "fast"}, "fast"),
         ({"plan": "nowhere"}, "nowhere is no folder"),
