@@ -31,10 +31,9 @@ CONVOLUTIONS = {nn.Conv1d: aten.conv1d, nn.Conv2d: aten.conv2d, nn.Conv3d: aten.
 def swap(module: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:
     """Put `tensors` of `recipe`, and a "bias" where it has one, in place of the module's weight; on meta, too."""
     base, weight = type(module), module.get_parameter("weight")
-    body = Body.of(base, module, recipe, tensors, hollow(weight))
+    body, found = Body.of(base, module, recipe, tensors, hollow(weight))
     del module._parameters["weight"]
-    for name in tensors:
-        tensor = getattr(body.graph, name)
+    for name, tensor in found.items():
         module._parameters.pop(name, None)
         if isinstance(tensor, nn.Parameter):
             module.register_parameter(name, tensor)
@@ -47,27 +46,26 @@ def swap(module: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor]) -> No
 class Body:
     """What a leaf computes, and how its weight is read."""
 
-    graph: fx.GraphModule
+    forward: Callable[[Any, Tensor], Tensor]  # (leaf, x) -> y, generated
     recipe: Recipe
     site: Site  # sizes alone: its weight is on meta
 
     @classmethod
     def of(
         cls, base: type[nn.Module], leaf: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor], weight: Tensor
-    ) -> Body:
-        """leaf: the rest of what a `base` knows. weight: what it had, on meta."""
+    ) -> tuple[Body, dict[str, Tensor]]:
+        """-> (body, `tensors` as the leaf shall hold them). leaf: the rest of what a `base` knows. weight: what it had,
+        on meta."""
         gm = _alone(base, leaf, weight)
         sites = find_sites(gm)
         if len(sites) != 1:
             raise PlanError(f"{recipe}: {leaf} computes no product that a rewrite could stand for.")
         recipe.of(sites[0], tensors).apply(gm, sites[0])
         finish(gm)
-        return cls(gm, recipe, sites[0])
-
-    def run(self, leaf: nn.Module, x: Tensor) -> Tensor:
-        """The generated code, with the tensors of `leaf`."""
-        y: Tensor = type(self.graph).forward(leaf, x)
-        return y
+        found = {name: getattr(gm, name) for name in tensors}
+        gm._parameters.clear()  # the site knows its graph, which would hold them where the leaf has moved on
+        gm._buffers.clear()
+        return cls(type(gm).forward, recipe, sites[0]), found
 
     def weight(self, leaf: nn.Module) -> Tensor:
         """As it is read back, in the shape of the original."""
@@ -82,7 +80,7 @@ class Compressed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the leaf computed, of what is left of its weight."""
-        return self._body.run(self, x)
+        return self._body.forward(self, x)
 
     @property
     def _body(self) -> Body:
@@ -127,7 +125,8 @@ def _restored(
     leaf.__dict__.update(state)
     recipe, tensors = parse(spec, REWRITES), {**leaf._parameters, **leaf._buffers}
     known = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return _become(leaf, base, Body.of(base, leaf, recipe, known, torch.empty(shape, dtype=dtype, device="meta")))
+    body, _ = Body.of(base, leaf, recipe, known, torch.empty(shape, dtype=dtype, device="meta"))
+    return _become(leaf, base, body)
 
 
 def _become(leaf: nn.Module, base: Any, body: Body) -> nn.Module:

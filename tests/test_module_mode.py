@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -186,6 +188,17 @@ def test_what_cannot_be_swapped_is_refused_by_name(pair):
         fxcompress.apply(other, compiled)
     with pytest.raises(PlanError, match="takes a Plan, or what compile or load returned, not a str"):
         fxcompress.apply(net, "plan.json")
+
+
+def test_a_leaf_that_moves_leaves_nothing_behind(pair):
+    net, compiled = pair
+    leaf = fxcompress.apply(net, compiled).up
+    before = [weakref.ref(tensor) for tensor in leaf.buffers()]
+    leaf.to("meta")
+    gc.collect()
+    assert before
+    assert all(ref() is None for ref in before)
+    assert leaf(torch.empty(3, 96, device="meta")).shape == (3, 256)
 
 
 def test_a_cast_is_refused_and_loses_nothing(pair):
