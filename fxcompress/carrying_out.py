@@ -31,6 +31,7 @@ from fxcompress.staged import Fixed, watched
 log = logging.getLogger("fxcompress")
 
 SIZE_ROUNDS = 4  # measured sizes settle after one or two
+MARGIN = 64  # bytes left from the second round on, more each time: how well files compress changes with every choice
 WASTE = 0.004  # of the size: more room than this left by the files around the tensors is used in a second round
 CORRECTIONS = 2  # plans after the first
 SLIGHT = 0.01  # errors below it are not worth a second choice
@@ -120,7 +121,7 @@ def _meet(
             room = replace(room, error=room.error * 0.98 * target / measured)
         log.info("round: %d bytes and error %.4g against %s; choosing again", total, measured, budget)
         fixed = plan.fixed_bytes + (total - plan.predicted_bytes if too_big or wasteful else 0)
-        plan = replace(choose(replace(plan, fixed_bytes=fixed), room), budget=budget)
+        plan = replace(choose(replace(plan, fixed_bytes=fixed + turn * MARGIN), room), budget=budget)
     raise InfeasibleBudgetError(
         f"budget {budget} was not met in {SIZE_ROUNDS} rounds: the best found has {total} bytes and error "
         f"{measured:.4g} on held-out batches. Ask for less, or give more calibration data."
