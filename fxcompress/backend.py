@@ -66,8 +66,14 @@ def fxcompress(
             )
         if not session.is_cold:
             session.learn(model, frame.call_of(model))
-    if session.is_cold:
-        return Warming(session, gm, new[0], inputs_of(gm, new[0])) if len(new) == 1 else gm.forward
+    if session.is_cold and new:
+        known = len(new) == 1 and (frame.is_resumed or frame.call_of(new[0]) is not None)
+        if not known:
+            raise BackendError(
+                "option warmup_batches collects the calls of one model, and here a function around it is compiled: "
+                "compile the model itself, or give calibration."
+            )
+        return Warming(session, gm, new[0], None if frame.is_resumed else inputs_of(gm, new[0]))
     work = rewritten(gm, inputs, session.part_of)
     lowered = compile_fx(work, list(inputs)) if session.lower == "inductor" else work.forward
     assert callable(lowered)

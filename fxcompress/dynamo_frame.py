@@ -30,6 +30,11 @@ class Frame:
         root = InstructionTranslator.current_tx().output.root_tx
         return cls({"L": root.f_locals, "G": root.f_globals}, root.f_code)
 
+    @property
+    def is_resumed(self) -> bool:
+        """True for what comes after a graph break."""
+        return self.code.co_name.startswith("torch_dynamo_resume_in")
+
     def owners(self, gm: fx.GraphModule) -> list[nn.Module]:
         """The outermost modules that own the graph's parameters."""
         found: dict[int, nn.Module] = {}

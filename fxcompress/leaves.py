@@ -62,7 +62,7 @@ class Body:
             raise PlanError(f"{recipe}: {leaf} computes no product that a rewrite could stand for.")
         recipe.of(sites[0], tensors).apply(gm, sites[0])
         finish(gm)
-        found = {name: getattr(gm, name) for name in tensors}
+        found = {name: getattr(gm, name) for name in tensors if hasattr(gm, name)}  # a table reads no bias of its head
         gm._parameters.clear()  # the site knows its graph, which would hold them where the leaf has moved on
         gm._buffers.clear()
         return cls(type(gm).forward, recipe, sites[0]), found

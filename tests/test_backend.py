@@ -157,6 +157,12 @@ def test_the_first_calls_calibrate_the_rest(pair, lower, mode):
 
 
 @torch.no_grad()
+def test_warming_up_on_a_function_around_a_model_is_refused(pair):
+    with pytest.raises(BackendCompilerFailed, match="a function around it is compiled: compile the model itself"):
+        backend(lambda i: pair[0](i * 2 % 64), budget="3x", warmup_batches=2)(ids())
+
+
+@torch.no_grad()
 def test_a_plan_of_another_model_is_refused(pair):
     other = Net().eval()
     other.up, other.down = nn.Linear(96, 128), nn.Linear(128, 96, bias=False)

@@ -149,6 +149,21 @@ def test_a_subclass_that_scales_its_lookups_still_does():
         assert torch.equal(module(IDS), compiled(IDS))
 
 
+def test_a_head_with_a_bias_of_its_own_may_share_the_table():
+    class Biased(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(96, 64)
+            self.head.weight = self.table.weight
+
+    net = Biased().eval()
+    compiled = fxcompress.compile(net, "3x", calibration=calibration(), progress=False)
+    module = fxcompress.apply(net, compiled)
+    assert getattr(module.table, "bias", None) is None
+    with torch.no_grad():
+        assert torch.equal(module(IDS), compiled(IDS))
+
+
 def test_a_plan_alone_is_carried_out_first(pair):
     net, compiled = pair
     module = fxcompress.apply(net, compiled.plan, calibration=calibration(), progress=False)
