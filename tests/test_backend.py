@@ -61,7 +61,7 @@ def _fresh():
 @pytest.fixture(scope="module")
 def pair():
     net = Net().eval()
-    return net, fxcompress.compile(net, "3x", calibration=CALIBRATION, progress=False)
+    return net, fxcompress.compile(net, "4x", calibration=CALIBRATION, progress=False)
 
 
 def backend(model: nn.Module, **options):
@@ -76,7 +76,7 @@ def test_torch_lists_it():
 @torch.no_grad()
 def test_a_budget_gives_the_numbers_that_compile_gives(pair):
     net, compiled = pair
-    mine = backend(net, budget="3x", calibration=CALIBRATION)
+    mine = backend(net, budget="4x", calibration=CALIBRATION)
     assert torch.equal(mine(ids()), compiled(ids()))
     assert not torch.equal(mine(ids()), net(ids()))
 
@@ -85,8 +85,8 @@ def test_a_budget_gives_the_numbers_that_compile_gives(pair):
 def test_1x_is_the_model_and_without_calibration_the_call_is_the_example(pair):
     net, _ = pair
     assert torch.equal(backend(net, budget="1x")(ids()), net(ids()))
-    free = fxcompress.compile(net, "3x", example_inputs=(ids(),), progress=False)
-    assert torch.equal(backend(net, budget="3x")(ids()), free(ids()))
+    free = fxcompress.compile(net, "4x", example_inputs=(ids(),), progress=False)
+    assert torch.equal(backend(net, budget="4x")(ids()), free(ids()))
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def test_the_contract_of_a_backend(pair, dynamic, mode):
 def test_autocast_to_bfloat16(pair, lower):
     net, compiled = pair
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mine = backend(net, budget="3x", calibration=CALIBRATION, lower=lower)(ids())
+        mine = backend(net, budget="4x", calibration=CALIBRATION, lower=lower)(ids())
         wanted = compiled(ids())
     assert mine.dtype == wanted.dtype
     torch.testing.assert_close(mine.float(), wanted.float(), rtol=0.05, atol=0.05)
@@ -149,7 +149,7 @@ def test_the_first_calls_calibrate_the_rest(pair, lower, mode):
     net, compiled = pair
     batches = [i for (i,) in CALIBRATION]
     with mode():
-        mine = backend(net, budget="3x", warmup_batches=8, lower=lower)
+        mine = backend(net, budget="4x", warmup_batches=8, lower=lower)
         for batch in batches:
             assert torch.equal(mine(batch), net(batch))
         for length in (24, 9):
@@ -159,7 +159,7 @@ def test_the_first_calls_calibrate_the_rest(pair, lower, mode):
 @torch.no_grad()
 def test_warming_up_on_a_function_around_a_model_is_refused(pair):
     with pytest.raises(BackendCompilerFailed, match="a function around it is compiled: compile the model itself"):
-        backend(lambda i: pair[0](i * 2 % 64), budget="3x", warmup_batches=2)(ids())
+        backend(lambda i: pair[0](i * 2 % 64), budget="4x", warmup_batches=2)(ids())
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def test_functions_around_a_model_and_models_inside_of_models(pair):
     outer = nn.Sequential(net).eval()
     for mine, options in (
         (lambda i: net(i) + 1, {"plan": compiled}),
-        (lambda i: outer(i) + 1, {"budget": "3x", "calibration": CALIBRATION}),
+        (lambda i: outer(i) + 1, {"budget": "4x", "calibration": CALIBRATION}),
     ):
         assert torch.equal(backend(mine, **options)(ids()), compiled(ids()) + 1)
 
@@ -212,7 +212,7 @@ def test_what_a_model_changes_in_place_is_changed(pair):
 def test_the_model_and_the_random_state_are_left_alone(pair):
     net, _ = pair
     before, state = {n: p.clone() for n, p in net.state_dict().items()}, torch.get_rng_state()
-    backend(net, budget="3x", calibration=CALIBRATION)(ids())
+    backend(net, budget="4x", calibration=CALIBRATION)(ids())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
 
@@ -221,10 +221,10 @@ def test_the_model_and_the_random_state_are_left_alone(pair):
     ("options", "message"),
     [
         ({}, "needs to know how small"),
-        ({"budget": "3x", "bits": 4}, "has no option 'bits'; it takes budget, calibration"),
-        ({"budget": "3x", "lower": "onnx"}, "option lower='onnx': allowed are 'inductor' and 'eager'"),
-        ({"budget": "3x", "warmup_batches": -1}, "option warmup_batches=-1 must be a number of calls, such as 8"),
-        ({"budget": "3x", "warmup_batches": 8, "calibration": []}, "warmup_batches collects calibration; leave it out"),
+        ({"budget": "4x", "bits": 4}, "has no option 'bits'; it takes budget, calibration"),
+        ({"budget": "4x", "lower": "onnx"}, "option lower='onnx': allowed are 'inductor' and 'eager'"),
+        ({"budget": "4x", "warmup_batches": -1}, "option warmup_batches=-1 must be a number of calls, such as 8"),
+        ({"budget": "4x", "warmup_batches": 8, "calibration": []}, "warmup_batches collects calibration; leave it out"),
         ({"plan": 4}, "option plan is a int; give a Plan, a compiled graph or a folder"),
         ({"budget": "fast"}, "fast"),
         ({"plan": "nowhere"}, "nowhere is no folder"),

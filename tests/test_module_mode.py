@@ -43,7 +43,7 @@ IDS = torch.arange(4 * 24).reshape(4, 24) * 7 % 64
 @pytest.fixture(scope="module")
 def pair():
     net = Net().eval()
-    return net, fxcompress.compile(net, "3x", calibration=calibration(), progress=False)
+    return net, fxcompress.compile(net, "4x", calibration=calibration(), progress=False)
 
 
 def calibration():
@@ -87,7 +87,7 @@ def test_a_leaf_keeps_its_class_its_attributes_its_hooks_and_its_mode():
     seen = []
     net.up.register_forward_hook(lambda module, args, y: seen.append(tuple(y.shape)))
     net.up.mine = "kept"
-    module = fxcompress.apply(net, fxcompress.compile(net, "3x", calibration=calibration(), progress=False))
+    module = fxcompress.apply(net, fxcompress.compile(net, "4x", calibration=calibration(), progress=False))
     assert isinstance(module.up, nn.Linear)
     assert isinstance(module.table, nn.Embedding)
     assert isinstance(module.wide, nn.Conv1d)
@@ -112,6 +112,7 @@ def test_no_leaf_holds_its_weight_and_each_reads_it_back_when_asked(pair):
     with torch.no_grad():
         x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(module.up(x), nn.functional.linear(x, module.up.weight, module.up.bias))
+    assert "quantize" in module.table.spec
     assert module.head.weight.equal(module.table.weight)
 
 
@@ -157,8 +158,10 @@ def test_a_head_with_a_bias_of_its_own_may_share_the_table():
             self.head.weight = self.table.weight
 
     net = Biased().eval()
-    compiled = fxcompress.compile(net, "3x", calibration=calibration(), progress=False)
+    compiled = fxcompress.compile(net, "4x", calibration=calibration(), progress=False)
     module = fxcompress.apply(net, compiled)
+    assert "quantize" in module.table.spec
+    assert "quantize" in module.head.spec
     assert getattr(module.table, "bias", None) is None
     with torch.no_grad():
         assert torch.equal(module(IDS), compiled(IDS))
@@ -195,7 +198,7 @@ def test_what_cannot_be_swapped_is_refused_by_name(pair):
     graph = fxcompress.compile(raw, "3x", example_inputs=(torch.randn(4, 64),), progress=False)
     with pytest.raises(PlanError, match="at mixed: this is no module's `weight`"):
         fxcompress.apply(raw, graph)
-    with pytest.raises(PlanError, match=r"another model: it says .* at up, and Raw has no such weight"):
+    with pytest.raises(PlanError, match=r"another model: it says .* at head, and Raw has no such weight"):
         fxcompress.apply(raw, compiled)
     other = Net()
     other.up = nn.Linear(96, 192)
