@@ -3,6 +3,9 @@
     compiled = fxcompress.compile(model, budget="4x", calibration=batches)
 """
 
+import contextlib
+import importlib
+
 from fxcompress import lottery
 from fxcompress.api import compile
 from fxcompress.checkpoint import load, save
@@ -15,6 +18,9 @@ from fxcompress.module_mode import apply
 from fxcompress.profiling import profile
 from fxcompress.report import Report
 from fxcompress.restructuring import restructure
+
+with contextlib.suppress(ImportError):  # without transformers, or with one too old, all else works
+    importlib.import_module("fxcompress.hf_quantizer")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -25,6 +25,7 @@ from fxcompress.passes import REWRITES
 from fxcompress.passes.recipe import Recipe, parse
 
 aten = torch.ops.aten
+BODY = "_fxcompress_body"  # in the leaf's __dict__, beside whatever its class keeps there
 CONVOLUTIONS = {nn.Conv1d: aten.conv1d, nn.Conv2d: aten.conv2d, nn.Conv3d: aten.conv3d}
 
 
@@ -69,8 +70,11 @@ class Body:
 
     def weight(self, leaf: nn.Module) -> Tensor:
         """As it is read back, in the shape of the original."""
-        made = self.recipe.of(self.site, {name: getattr(leaf, name) for name in self.recipe.names(self.site)})
-        return self.site.stored(made.read(self.site))
+        return self.site.stored(self.recipe.of(self.site, self.tensors(leaf)).read(self.site))
+
+    def tensors(self, leaf: nn.Module) -> dict[str, Tensor]:
+        """What the leaf holds in place of its weight, by name."""
+        return {name: getattr(leaf, name) for name in self.recipe.names(self.site)}
 
 
 class Compressed(nn.Module):
@@ -78,19 +82,24 @@ class Compressed(nn.Module):
 
     original: ClassVar[type[nn.Module]]  # the class it had
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """What the leaf computed, of what is left of its weight."""
-        return self._body.forward(self, x)
+        return self._body.forward(self, input)
 
     @property
     def _body(self) -> Body:
-        body: Body = self.__dict__["body"]
+        body: Body = self.__dict__[BODY]
         return body
 
     @property
-    def weight(self) -> Tensor:
-        """Read back anew each time, without a gradient."""
-        return self._body.weight(self).detach()
+    def weight(self) -> nn.Parameter:
+        """Read back anew each time, without a gradient. A parameter, as callers expect, but none of the module's."""
+        return nn.Parameter(self._body.weight(self).detach(), requires_grad=False)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds in place of its weight, by name; the bias is none of them."""
+        return self._body.tensors(self)
 
     @property
     def spec(self) -> str:
@@ -100,6 +109,15 @@ class Compressed(nn.Module):
     def extra_repr(self) -> str:
         own = super().extra_repr()
         return f"{own}, {self.spec}" if own else self.spec
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            return super().__setattr__(name, value)
+        if not (isinstance(value, Tensor) and value.shape == self.weight.shape and torch.equal(value, self.weight)):
+            raise PlanError(
+                f"the weight of a {type(self).__name__} is kept as {self.spec} and cannot be set. Set that of the "
+                "original model and compress it again."
+            )  # the one it has: transformers ties weights whenever a model is saved, moved or resized
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for name, tensor in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
@@ -112,7 +130,7 @@ class Compressed(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {key: value for key, value in self.__dict__.items() if key != "body"}
+        state = {key: value for key, value in self.__dict__.items() if key != BODY}
         site = self._body.site
         shape = tuple(site.stored(site.weight).shape)
         return _restored, (self.original, self.spec, shape, site.weight.dtype, state)
@@ -131,7 +149,7 @@ def _restored(
 
 def _become(leaf: nn.Module, base: Any, body: Body) -> nn.Module:
     leaf.__class__ = _class_of(base)
-    leaf.__dict__["body"] = body  # no submodule: its tensors are the leaf's
+    leaf.__dict__[BODY] = body  # no submodule: its tensors are the leaf's
     return leaf
 
 

@@ -6,6 +6,7 @@ generate, pipelines, Trainer and adapters see the modules that they know, and th
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -55,6 +56,8 @@ def with_parts(model: nn.Module, parts: Sequence[Part]) -> nn.Module:
         tensors = {name: tensor.detach().clone() for name, tensor in part.tensors.items()}
         for path in owners[part.site]:
             swap(twin.get_submodule(path), part.recipe, tensors)
+    if (quantizer := sys.modules.get("fxcompress.hf_quantizer")) is not None:
+        quantizer.adopt(twin)
     return twin
 
 
