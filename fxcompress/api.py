@@ -24,7 +24,7 @@ from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration, bind_batch, calibrate
 from fxcompress.core.capture import capture, example_of, split_inputs
 from fxcompress.core.divergence import Kind, kind_of, mask_of, named_outputs
-from fxcompress.core.errors import BudgetError, CalibrationError, SpecError
+from fxcompress.core.errors import BudgetError, CalibrationError, CaptureError, SpecError
 from fxcompress.core.plan import Plan, SiteInfo
 from fxcompress.core.rewrite import Rewrite
 from fxcompress.core.signature import SignedModule
@@ -33,6 +33,7 @@ from fxcompress.core.surgery import stored_bytes
 from fxcompress.core.ties import parallel
 from fxcompress.core.workload import Workload, bind, parse_workload, shape_of
 from fxcompress.cost_model.select import choose
+from fxcompress.leaves import Compressed
 from fxcompress.lowering import check_target
 from fxcompress.measuring import measured
 from fxcompress.passes import REWRITES
@@ -251,6 +252,7 @@ def observe(
     """Capture, then run the calibration batches; without any, the example inputs are all there is to judge by."""
     if staged and batches is None:
         raise CalibrationError("staged=True collects statistics anew, and there are none: give calibration=batches.")
+    _refuse_compressed(model)
     batches, first = _peek(batches)
     example = example if example is not None else first if first is not None else example_of(model)
     original = capture(model, example, trainable)
@@ -258,6 +260,18 @@ def observe(
         return original, calibrate(original, find_sites(original), batches, progress, staged)
     call = bind_batch(original, example, 0)
     return original, Calibration(held_out=[call], examples=1, calibrated=False, has_held_out=False)
+
+
+def _refuse_compressed(model: nn.Module) -> None:
+    """Raises `CaptureError` where weights are compressed already: what is left would be taken for the whole."""
+    leaf = next((f"{path} is kept as {m.spec}" for path, m in model.named_modules() if isinstance(m, Compressed)), None)
+    if leaf is None and isinstance(model, SignedModule) and "plan" in model.meta:
+        leaf = "this is what compile or load returned"
+    if leaf is not None:
+        raise CaptureError(
+            f"the model is compressed already ({leaf}): give the original. For another budget from the same prices, "
+            "give it with plan=compiled.plan."
+        )
 
 
 def _kind(gm: SignedModule, known: Calibration) -> Kind:

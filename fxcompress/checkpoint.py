@@ -21,8 +21,6 @@ import json
 import logging
 import lzma
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +39,7 @@ from fxcompress.codegen.cpu.module import LoweredModule
 from fxcompress.codegen.triton.listing import list_kernels
 from fxcompress.core.capture import recapture, unlift
 from fxcompress.core.errors import CheckpointError, FxcompressError
+from fxcompress.core.new_folder import new_folder, refuse_existing
 from fxcompress.core.plan import Plan
 from fxcompress.core.signature import Signature, SignedModule
 from fxcompress.core.site import attribute
@@ -61,8 +60,7 @@ def save(compiled: SignedModule, folder: str | os.PathLike[str]) -> None:
 
     Nothing is overwritten. Raises `CheckpointError`.
     """
-    target = Path(folder)
-    refuse_existing(target)
+    refuse_existing(Path(folder))
     if isinstance(compiled, LoweredModule):
         raise CheckpointError(
             "a lowered module fits this machine alone; save the compiled one, and lower it after loading."
@@ -71,22 +69,9 @@ def save(compiled: SignedModule, folder: str | os.PathLike[str]) -> None:
         raise CheckpointError(
             f"save takes what fxcompress.compile or restructure returned, not a {type(compiled).__name__}."
         )
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+    with new_folder(Path(folder)) as partial:
         for name, content in _files(compiled).items():
-            with open(partial / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        os.rename(partial, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} could not be written ({error.strerror or error}); nothing was left behind."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (partial / name).write_bytes(content)
 
 
 def load(folder: str | os.PathLike[str]) -> SignedModule:
@@ -116,12 +101,6 @@ def load(folder: str | os.PathLike[str]) -> SignedModule:
         raise CheckpointError(
             f"{source} is damaged or was written by another version: {type(error).__name__}: {error}"
         ) from error
-
-
-def refuse_existing(target: Path) -> None:
-    """Raises `CheckpointError` where there is anything already."""
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target} exists already; choose a new folder or remove it first.")
 
 
 def attach(gm: SignedModule, signature: Signature, plan: Plan, report: Report) -> SignedModule:
@@ -254,6 +233,11 @@ def _manifest(source: Path) -> dict[str, Any]:
     if not source.is_dir():
         raise CheckpointError(f"{source} is no folder; give the one fxcompress.save wrote.")
     path = source / MANIFEST
+    if not path.is_file() and (source / "config.json").is_file():
+        raise CheckpointError(
+            f"{source} holds no {MANIFEST} but a config.json, so it is no fxcompress checkpoint: it is a transformers "
+            "folder; load it with from_pretrained."
+        )
     if not path.is_file():
         raise CheckpointError(f"{source} holds no {MANIFEST}, so it is no fxcompress checkpoint.")
     try:

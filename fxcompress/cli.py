@@ -1,6 +1,7 @@
 """The command line. Results on stdout, progress and complaints on stderr, non-zero on any failure.
 
     fxcompress compress ./my-bert --budget 4x --calibration texts.txt --out ./my-bert-4x
+    fxcompress compress ./my-bert --budget 4x --calibration texts.txt --modules --out ./my-bert-4x-hf
     fxcompress plan ./my-bert --budget 4x --calibration texts.txt --html plan.html
     fxcompress plan ./my-bert --budget 4x --latency 2x --workload query=1x16 index=32x128:0.1
     fxcompress inspect ./my-bert-4x
@@ -23,14 +24,16 @@ from typing import Any, get_args
 
 from fxcompress import __version__, profiling
 from fxcompress.api import compile, plan_only
-from fxcompress.checkpoint import load, refuse_existing, save
+from fxcompress.checkpoint import load, save
 from fxcompress.codegen.costs import cost_of
 from fxcompress.codegen.cpu.module import Target
 from fxcompress.core.budget import Budget
 from fxcompress.core.errors import FxcompressError, InputError, KernelError
+from fxcompress.core.new_folder import refuse_existing
 from fxcompress.core.plan import Plan
 from fxcompress.core.workload import parse_workload
-from fxcompress.hf import batches_of, load_model
+from fxcompress.hf import batches_of, load_model, save_model
+from fxcompress.module_mode import apply
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +68,10 @@ def _compress(options: argparse.Namespace) -> None:
         progress=not options.quiet,
         workload=workload,
     )
-    save(compiled, options.out)
+    if options.modules:
+        save_model(apply(model, compiled), options.model, options.out)
+    else:
+        save(compiled, options.out)
     report = compiled.meta["report"]
     _print(options, {"out": str(options.out), "report": report.to_json()}, f"{report}\n\nwritten to {options.out}")
 
@@ -265,6 +271,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--rewrites", nargs="+", metavar="NAME", help="choose from these only, e.g. quantize low_rank")
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
     compress.add_argument("--out", required=True, help="folder to create")
+    compress.add_argument(
+        "--modules", action="store_true",
+        help="write a folder for from_pretrained or SentenceTransformer, with all else that MODEL_DIR holds",
+    )  # fmt: skip
     compress.add_argument("--plan", help="replay a plan saved by `fxcompress plan --save`")
     plan.add_argument("--save", help="also write the plan as JSON")
     plan.add_argument("--html", metavar="FILE", help="also write a page: Pareto front, every weight, refusals")

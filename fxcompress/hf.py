@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 from torch import nn
 
 from fxcompress.core.errors import CalibrationError, CaptureError
+from fxcompress.core.new_folder import new_folder
+
+KEPT = frozenset({".json", ".txt", ".model", ".jinja", ".md"})  # tokenizers, templates, model cards; no code
 
 
 def load_model(folder: str | os.PathLike[str]) -> nn.Module:
@@ -30,6 +34,33 @@ def load_model(folder: str | os.PathLike[str]) -> nn.Module:
         raise CaptureError(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from error
     assert isinstance(model, nn.Module)
     return model.eval()
+
+
+def save_model(model: Any, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """A folder with `model` (what `fxcompress.apply` returned) by save_pretrained, and with what else `source` holds:
+    tokenizer, and for sentence-transformers its pooling and other modules. No weights of the original are copied.
+
+    Nothing is overwritten. Raises `CheckpointError`.
+    """
+    with new_folder(Path(target)) as partial:
+        model.save_pretrained(partial)
+        for path in Path(source).iterdir():
+            if path.is_file() and _goes_along(path.name) and not (partial / path.name).exists():
+                shutil.copyfile(path, partial / path.name)
+        for name in _modules_of(Path(source)):
+            shutil.copytree(Path(source) / name, partial / name)
+
+
+def _goes_along(name: str) -> bool:
+    return (Path(name).suffix in KEPT and not name.endswith(".index.json")) or name.startswith(("LICENSE", "NOTICE"))
+
+
+def _modules_of(folder: Path) -> list[str]:
+    """Folders of a sentence-transformers model's further modules, such as 1_Pooling."""
+    listed = folder / "modules.json"
+    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+    paths = [str(module.get("path", "")) for module in modules]
+    return [name for name in paths if name and name == Path(name).name and (folder / name).is_dir()]
 
 
 def batches_of(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 import fxcompress
 import fxcompress.codegen.triton
@@ -60,6 +60,25 @@ def test_compress_then_inspect(bert: Path, tmp_path: Path, capsys):
     size = sum(file.stat().st_size for file in out.iterdir())
     assert told["report"]["measured_bytes"] == size
     assert fxcompress.load(out)(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state.shape == (1, 4, 32)
+
+
+def test_compress_into_a_folder_for_from_pretrained(bert: Path, tmp_path: Path, capsys):
+    out, texts = tmp_path / "small", str(bert / "texts.txt")
+    rest = ["--budget", "2x", "--calibration", texts, "--out", str(out), "--quiet"]
+    assert main(["compress", str(bert), "--modules", *rest]) == 0
+    names = {file.name for file in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert (out / "model.safetensors").stat().st_size < 0.6 * (bert / "model.safetensors").stat().st_size
+    ids = AutoTokenizer.from_pretrained(out)("word3 word9", return_tensors="pt")
+    with torch.no_grad():
+        wanted = AutoModel.from_pretrained(bert)(**ids).last_hidden_state
+        error = (AutoModel.from_pretrained(out)(**ids).last_hidden_state - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.05  # 2x of float32 leaves 16 bits a weight: most at 8 bits lose some thousandths
+    capsys.readouterr()
+    assert main(["compress", str(bert), "--modules", *rest]) == 1
+    assert "exists already; choose a new folder or remove it first." in capsys.readouterr().err
+    assert main(["inspect", str(out)]) == 1
+    assert "it is a transformers folder; load it with" in capsys.readouterr().err
 
 
 def test_plan_writes_no_model_and_its_saved_plan_can_be_carried_out(bert: Path, tmp_path: Path, capsys):
