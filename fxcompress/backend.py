@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,9 @@ class Session:
         """Compress `model`, which is being called with `call` where that is known."""
         with _apart():
             parts = self._parts(model, call)
-        self.part_of.update({weight_of(model, part): part for part in parts})
+        for part in parts:
+            weight = weight_of(model, part)
+            self.part_of[weight] = replace(part, tensors={k: t.to(weight.device) for k, t in part.tensors.items()})
         self.seen.update(dict.fromkeys(model.parameters(), True))
 
     def _parts(self, model: nn.Module, call: dict[str, Any] | None) -> list[Part]:

@@ -10,6 +10,7 @@ with a part are spelled as ATen, the weight becomes an attribute on meta, and th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from fxcompress.core.surgery import tidy
 from fxcompress.leaves import hollow
 from fxcompress.parts import Part
 
+log = logging.getLogger("fxcompress.backend")
 aten = torch.ops.aten
 Spelling = Callable[..., tuple[Any, tuple[Any, ...]]]  # the arguments of a call -> an ATen op and its arguments
 
@@ -79,14 +81,24 @@ def rewritten(gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[Tensor
         if node.target in SPELLINGS and any(str(a.target) in parts for a in node.all_input_nodes):
             target, args = SPELLINGS[node.target](*node.args, **node.kwargs)
             node.target, node.args, node.kwargs = target, args, {}
-    for site in find_sites(work):
-        if site.name in parts:
-            parts[site.name].recipe.of(site, parts[site.name].tensors).apply(work, site)
+    sites = {site.name: site for site in find_sites(work) if site.name in parts}
+    for name, part in parts.items():
+        if name in sites:
+            part.recipe.of(sites[name], part.tensors).apply(work, sites[name])
+        else:
+            _tell_what_reads(work, name, part)
     for node in graph.find_nodes(op="get_attr"):
         if "input" in node.meta:  # what is no part's: the input it was
             node.replace_all_uses_with(node.meta["input"])
     tidy(work)
     return work
+
+
+def _tell_what_reads(work: fx.GraphModule, name: str, part: Part) -> None:
+    reads = [str(user.target) for node in work.graph.nodes if node.target == name for user in node.users]
+    if reads:
+        calls = ", ".join(sorted({*reads}))
+        log.warning("%s stays as it was in this graph: it is read by %s, which no rewrite covers", part.site, calls)
 
 
 def _read_as_attribute(work: fx.GraphModule, node: fx.Node, name: str, value: nn.Parameter) -> None:

@@ -22,6 +22,7 @@ from fxcompress.core.errors import PlanError
 from fxcompress.core.site import Site, find_sites
 from fxcompress.core.surgery import finish
 from fxcompress.passes import REWRITES
+from fxcompress.passes.fuse import FUSED, fuse_here
 from fxcompress.passes.recipe import Recipe, parse
 
 aten = torch.ops.aten
@@ -63,6 +64,10 @@ class Body:
             raise PlanError(f"{recipe}: {leaf} computes no product that a rewrite could stand for.")
         recipe.of(sites[0], tensors).apply(gm, sites[0])
         finish(gm)
+        fuse_here(gm)  # on a GPU it runs the kernels of the compiled graph
+        for node in gm.graph.find_nodes(op="call_function", target=FUSED):
+            node.update_arg(4, f"a {base.__name__} of {' x '.join(map(str, weight.shape))}")  # what warnings call it
+        gm.recompile()
         found = {name: getattr(gm, name) for name in tensors if hasattr(gm, name)}  # a table reads no bias of its head
         gm._parameters.clear()  # the site knows its graph, which would hold them where the leaf has moved on
         gm._buffers.clear()

@@ -52,8 +52,8 @@ def with_parts(model: nn.Module, parts: Sequence[Part]) -> nn.Module:
     weights = [weight_of(model, part) for part in parts]
     skipped = {id(weight): nn.Parameter(hollow(weight), requires_grad=False) for weight in weights}
     twin = copy.deepcopy(model, dict[int, Any](skipped))
-    for part in parts:
-        tensors = {name: tensor.detach().clone() for name, tensor in part.tensors.items()}
+    for part, weight in zip(parts, weights):
+        tensors = {name: t.detach().to(weight.device, copy=True) for name, t in part.tensors.items()}
         for path in owners[part.site]:
             swap(twin.get_submodule(path), part.recipe, tensors)
     if (quantizer := sys.modules.get("fxcompress.hf_quantizer")) is not None:

@@ -59,6 +59,12 @@ _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def fuse(gm: SignedModule) -> SignedModule:
     """A copy of `gm` over the same tensors, with everything fused that can be; calls of no fxcompress op stay."""
     work = gm.copy()
+    fuse_here(work)
+    return work
+
+
+def fuse_here(work: fx.GraphModule) -> None:
+    """The same in place."""
     taken: set[fx.Node] = set()
     for node in list(work.graph.nodes):
         if node not in taken and _is_head(node):
@@ -68,7 +74,6 @@ def fuse(gm: SignedModule) -> SignedModule:
     work.graph.eliminate_dead_code()
     work.graph.lint()
     work.recompile()
-    return work
 
 
 def _collapse(head: fx.Node) -> set[fx.Node]:
