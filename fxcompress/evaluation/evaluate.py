@@ -29,6 +29,7 @@ from fxcompress.evaluation.tasks import Classification, Kind, Perplexity, Simila
 from fxcompress.evaluation.windows import Window, nats, windows
 
 MAX_LENGTH, WINDOW = 256, 512
+UNBOUNDED = 1 << 62  # tokens; a tokenizer that knows no bound says 10^30
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def evaluate(
     classes: the labels, in the order of the logits; by default the head's, or those in the config of `original` or
         `model`, or 0, 1, ... . A label that is none of them is taken for a number of a class.
     max_length: tokens of a text in similarity and classification, or fewer where a model takes fewer.
-    window, stride: of perplexity, in tokens; by default 512 and half the window, or what the models take.
+    window, stride: of perplexity, in tokens; by default 512, or what the models take, and half the window.
 
     Raises `EvaluationError`, and `InputError` where a graph was captured for other inputs.
     """
@@ -108,7 +109,7 @@ def evaluate(
         raise EvaluationError("a head is for classification, and this task is none.")
     if batch_size < 1 or max_length < 2:
         raise EvaluationError(f"batch_size {batch_size} and max_length {max_length}: 1 and 2 are the least.")
-    most = min([n for n in (getattr(tokenizer, "model_max_length", None), *map(room, models)) if n], default=1 << 62)
+    most = min([n for n in (getattr(tokenizer, "model_max_length", None), *map(room, models)) if n], default=UNBOUNDED)
     run = (tokenizer, batch_size, progress)
     if isinstance(task, Similarity):
         return _similarity(models, task, min(max_length, most), *run)
@@ -150,9 +151,9 @@ def _perplexity(
 ) -> Evaluation:  # fmt: skip
     window = min(WINDOW, most) if window is None else window
     stride = max(1, window // 2) if stride is None else stride
-    if not (2 <= window <= most and 1 <= stride < window + 1):
-        limit = f" of at most {most}" if most < 1 << 62 else ""
-        raise EvaluationError(f"window {window}, stride {stride}: a window{limit} and 2 or more, a stride of 1 to it.")
+    if not (2 <= window <= most and 1 <= stride < window):
+        bound = f"2 to {most}" if most < UNBOUNDED else "2 or more"
+        raise EvaluationError(f"window {window}, stride {stride}: a window has {bound} tokens, a stride fewer than it.")
     documents = [tokenizer(text, verbose=False)["input_ids"] for text in task.texts]
     found: list[Window] = [w for i, ids in enumerate(documents) for w in windows(i, ids, window, stride)]
     if not found:

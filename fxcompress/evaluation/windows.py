@@ -3,10 +3,10 @@
     tokens   0 1 2 3 4 5 6 7 8 9        window 6, stride 3
              . x x x x x                scored: x
                    . . . x x x          context: .
-                         . . . x        the last one ends with the text
+                     . . . . . x        the last one ends with the text, and is as long
 
-A token is scored once, with at least window - stride tokens before it (fewer in the first window). With stride = window
-nothing overlaps: half the calls, more nats.
+A token is scored once, with at least window - stride tokens before it (fewer in the first window). With the largest
+stride, window - 1, one token overlaps: half the calls of stride = window / 2, and more nats.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Window:
 
 
 def windows(document: int, ids: Sequence[int], window: int, stride: int) -> Iterator[Window]:
-    """Every token but the first is scored in one of them; none for a single token."""
-    done, begin = 1, 0
+    """Every token but the first is scored in one of them; none for a single token. 1 <= stride < window."""
+    done = 1
+    end = min(window, len(ids))
     while done < len(ids):
-        end = min(begin + window, len(ids))
-        yield Window(document, tuple(ids[begin:end]), end - done)
-        done, begin = end, begin + stride
+        yield Window(document, tuple(ids[max(0, end - window) : end]), end - done)
+        done, end = end, min(end + stride, len(ids))
 
 
 def nats(model: nn.Module, found: Sequence[Window], batch_size: int, progress: bool) -> Tensor:
