@@ -22,7 +22,7 @@ from fxcompress.core.errors import EvaluationError
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000  # the share outside, .025 a side, is met within sqrt(.025 .975 / 2000) = .0035
-FEWEST = 10  # examples: fewer may be drawn all alike (10^-9 at 10, 4 % at 3), and say nothing
+FEWEST = 10  # examples: fewer may be drawn all alike (10^-9 at 10, 11 % at 3), and say nothing
 NUMBERS_AT_ONCE = 2_000_000  # 16 MB a sample
 
 Samples = NDArray[np.float64]

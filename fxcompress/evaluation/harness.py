@@ -40,7 +40,7 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
 
 
-@register_model("fxcompress")  # type: ignore[untyped-decorator]
+@register_model("fxcompress")
 class FxcompressLM(TemplateLM):
     """What `compile`, `load`, `apply` or `lower` returned, torch.compile, or a folder; and a tokenizer, or its folder.
 
@@ -121,12 +121,12 @@ class FxcompressLM(TemplateLM):
                 raise EvaluationError(
                     f"a continuation{of} has {len(continuation)} tokens; 1 to {self.max_length} can be scored."
                 )
-        rows = [(context + scored)[-(self.max_length + 1) : -1] for _, context, scored in requests]
+        rows = [(context + scored)[-(self.max_length + 1) : -1] for _texts, context, scored in requests]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         groups = list(batches([len(row) for row in rows], self.batch_size, may_pad=True))
         for group in tqdm(groups, "loglikelihood", unit="batch", disable=disable_tqdm, leave=False):
             for i, log_p in zip(group, log_probabilities(self.model, [rows[i] for i in group])):
-                texts, _, scored = requests[i]
+                texts, _context, scored = requests[i]
                 targets, own = torch.tensor(scored), log_p[-len(scored) :]
                 total = float(own.gather(1, targets.unsqueeze(1)).double().sum())
                 found[i] = total, bool((own.argmax(1) == targets).all())

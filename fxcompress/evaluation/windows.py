@@ -78,8 +78,8 @@ def log_probabilities(model: nn.Module, rows: Sequence[Sequence[int]]) -> Iterat
 def check_causal(model: nn.Module, ids: Sequence[int]) -> None:
     """Raises `EvaluationError` where what is said of a token changes with the tokens after it.
 
-    The bound is far above the rounding of bfloat16 (2^-8 a value, less in a norm of many) and far below the change of a
-    model that looks ahead (.22 for a BertForMaskedLM of random weights).
+    Calls of one shape do the same sums, so a causal model's answers agree to the bit (stories260K in float32 and in
+    bfloat16, and compressed). Of BertForMaskedLM models of random weights, which hardly attend, they differ by 1.5e-4.
     """
     kept = min(PROBE, len(ids)) // 2
     begin = list(ids[: 2 * kept])
@@ -88,7 +88,7 @@ def check_causal(model: nn.Module, ids: Sequence[int]) -> None:
         return
     (before,), (after,) = log_probabilities(model, [begin]), log_probabilities(model, [changed])
     off = (before[:kept] - after[:kept]).norm() / before[:kept].norm()
-    if float(off) > 0.02:
+    if float(off) > 1e-5:
         raise EvaluationError(
             "the model's logits change with later tokens, so it is no causal language model, and its perplexity would "
             "mean nothing."
