@@ -45,7 +45,7 @@ def test_accuracy_is_covered_as_often_as_the_percentiles_of_a_binomial_cover_it(
 def test_a_known_correlation_is_covered():
     """Spearman of a normal pair of correlation r is 6/pi asin(r/2). Percentile intervals of 150 pairs cover less than
     95 %; 90 % is what is claimed, and a millionth of its binomial of 200 is the bound: 157. Twice too narrow an
-    interval covers 67 % (1.96 / 2 deviations) and fails but for 4 in 10,000.
+    interval covers 67 % (1.96 / 2 deviations) and fails but for 3 in 10,000.
     """
     r, trials, rng = 0.8, 200, np.random.default_rng(2)
     true, held = 6 / np.pi * np.arcsin(r / 2), 0

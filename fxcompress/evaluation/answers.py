@@ -32,7 +32,7 @@ def takes(model: nn.Module) -> set[str]:
     signature = getattr(model, "signature", None)
     if isinstance(signature, Signature):
         return {*signature.positional, *signature.keyword}
-    named = set(inspect.signature(model.forward).parameters)
+    named = set(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)  # torch.compile's own name
     return named & inputs_of(model) if hasattr(model, "config") else named
 
 
@@ -107,13 +107,13 @@ def _collected(
     for group in tqdm(groups, "evaluate", unit="batch", disable=not progress, leave=False):
         inputs = padded([encoded[i] for i in group], tokenizer)
         moved = {name: x.to(device_of(model)) for name, x in inputs.items()}
-        answer = read(call(model, moved), moved).cpu()
-        bad = [i for i, finite in zip(group, torch.isfinite(answer).all(1).tolist()) if not finite]
-        if bad:
-            raise EvaluationError(f"the model's answer to example {min(bad) + 1} is NaN or infinite.")
+        found.append(read(call(model, moved), moved).cpu())
         order += group
-        found.append(answer)
-    return torch.cat(found)[torch.tensor(order).argsort()]
+    answers = torch.cat(found)[torch.tensor(order).argsort()]
+    bad = (~torch.isfinite(answers).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise EvaluationError(f"the model's answer to text {bad[0] + 1} of {len(answers)} is NaN or infinite.")
+    return answers
 
 
 def batches(lengths: Sequence[int], size: int, may_pad: bool) -> Iterator[list[int]]:
