@@ -43,14 +43,14 @@ def test_accuracy_is_covered_as_often_as_the_percentiles_of_a_binomial_cover_it(
 
 
 def test_a_known_correlation_is_covered():
-    """Spearman of a normal pair of correlation r is 6/pi asin(r/2). Percentile intervals of 150 pairs cover less than
+    """Spearman of a normal pair of correlation r is 6/pi asin(r/2). Percentile intervals of 60 pairs cover less than
     95 %; 90 % is what is claimed, and a millionth of its binomial of 200 is the bound: 157. Twice too narrow an
     interval covers 67 % (1.96 / 2 deviations) and fails but for 3 in 10,000.
     """
     r, trials, rng = 0.8, 200, np.random.default_rng(2)
     true, held = 6 / np.pi * np.arcsin(r / 2), 0
     for trial in range(trials):
-        x, e = rng.normal(size=(2, 150))
+        x, e = rng.normal(size=(2, 60))
         found = interval(spearman, x, r * x + np.sqrt(1 - r * r) * e, seed=trial)
         held += found.low <= true <= found.high
     assert held >= binom.ppf(1e-6, trials, 0.90) == 157
