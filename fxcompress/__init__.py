@@ -13,6 +13,7 @@ from fxcompress.core.budget import Budget
 from fxcompress.core.plan import Plan
 from fxcompress.core.show import show
 from fxcompress.cost_model.device import DeviceProfile
+from fxcompress.evaluation import evaluate, read_task
 from fxcompress.lowering import lower
 from fxcompress.module_mode import apply
 from fxcompress.profiling import profile
@@ -24,6 +25,6 @@ with contextlib.suppress(ImportError):  # without transformers, or with one too 
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "DeviceProfile", "Plan", "Report", "apply", "compile", "load", "lottery", "lower", "profile",
-    "restructure", "save", "show",
+    "Budget", "DeviceProfile", "Plan", "Report", "apply", "compile", "evaluate", "load", "lottery", "lower", "profile",
+    "read_task", "restructure", "save", "show",
 ]  # fmt: skip

@@ -6,6 +6,7 @@
     fxcompress plan ./my-bert --budget 4x --latency 2x --workload query=1x16 index=32x128:0.1
     fxcompress inspect ./my-bert-4x
     fxcompress inspect ./my-bert-4x --cost --at s0=8,s1=128
+    fxcompress eval ./my-bert-4x --original ./my-bert --task sts.tsv
     fxcompress kernels --arch 90
     fxcompress tune ./my-bert-4x
     fxcompress profile
@@ -32,6 +33,7 @@ from fxcompress.core.errors import FxcompressError, InputError, KernelError
 from fxcompress.core.new_folder import refuse_existing
 from fxcompress.core.plan import Plan
 from fxcompress.core.workload import parse_workload
+from fxcompress.evaluation import command as evaluation
 from fxcompress.hf import batches_of, load_model, save_model
 from fxcompress.module_mode import apply
 
@@ -115,6 +117,11 @@ def _inspect(options: argparse.Namespace) -> None:
         )
         return
     _print(options, {"plan": plan.to_json(), "report": report.to_json()}, f"{plan}\n\n{report}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    found = evaluation.run(options)
+    _print(options, found.to_json(), str(found))
 
 
 def _budget(options: argparse.Namespace) -> Budget:
@@ -240,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     compress = command("compress", _compress, "compress a Hugging Face model folder")
     plan = command("plan", _plan, "choose the rewrites for a budget and print them; write no model")
     inspect = command("inspect", _inspect, "print the plan and the report of a compressed folder")
+    evaluation.add_arguments(command("eval", _eval, "measure a folder on labelled lines or text, beside the original"))
     kernels = command("kernels", _kernels, "compile every kind of Triton kernel for a GPU that need not be here")
     kernels.add_argument("--arch", type=int, default=90, help="compute capability, 90 for sm_90 (default)")
     tune = command("tune", _tune, "measure launch configs for a compressed folder on this GPU, once and for all")

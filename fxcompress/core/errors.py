@@ -61,3 +61,7 @@ class KernelError(FxcompressError):
 
 class ProfileError(FxcompressError, ValueError):
     """A profile of a device that is not whole, or of another device, number of threads or version."""
+
+
+class EvaluationError(FxcompressError, ValueError):
+    """A task that does not parse, or that a model cannot be measured on."""
