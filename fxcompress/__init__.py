@@ -12,12 +12,13 @@ from fxcompress.core.show import show
 from fxcompress.cost_model.device import DeviceProfile
 from fxcompress.lowering import lower
 from fxcompress.module_mode import apply
+from fxcompress.onnx_export import export_onnx
 from fxcompress.profiling import profile
 from fxcompress.report import Report
 from fxcompress.restructuring import restructure
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "DeviceProfile", "Plan", "Report", "apply", "compile", "load", "lottery", "lower", "profile",
-    "restructure", "save", "show",
+    "Budget", "DeviceProfile", "Plan", "Report", "apply", "compile", "export_onnx", "load", "lottery", "lower",
+    "profile", "restructure", "save", "show",
 ]  # fmt: skip
