@@ -208,15 +208,15 @@ def output_names(compiled: SignedModule) -> list[str]:
 
 def _dimension_names(inputs: list[tuple[str, Any]], signature: Signature) -> dict[str, str]:
     """Symbol -> name: the first dimension of an input is its batch, the second of a matrix of whole numbers its
-    sequence."""
+    sequence; any other size is called after its place, attention_mask_0."""
     whole = {slot.name for slot in signature.slots if slot.dtype is not None and "int" in slot.dtype}
     known: dict[str, str] = {}
     for name, shape in inputs:
         for axis, dim in enumerate(shape or ()):
-            symbol = getattr(dim, "value", None)
-            wanted = "batch" if axis == 0 else "sequence" if axis == 1 and name in whole else None
-            if isinstance(symbol, str) and wanted and wanted not in known.values():
-                known.setdefault(symbol, wanted)
+            symbol, place = getattr(dim, "value", None), f"{name}_{axis}"
+            common = "batch" if axis == 0 else "sequence" if axis == 1 and name in whole else place
+            if isinstance(symbol, str):
+                known.setdefault(symbol, place if common in known.values() else common)
     return known
 
 

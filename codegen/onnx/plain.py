@@ -67,8 +67,8 @@ def plain(gm: SignedModule) -> SignedModule:
     twin = gm.copy()
     switch(twin.graph, training=False)
     for node in twin.graph.nodes:
-        if node.target in (*_FUSED, *_BODIES):
-            node.target = {_FUSED[0]: _one, _FUSED[1]: _several, **_BODIES}[node.target]
+        if node.target in (*_FUSED, *BODIES):
+            node.target = {_FUSED[0]: _one, _FUSED[1]: _several, **BODIES}[node.target]
     made = unlift(export(fx.GraphModule(twin, twin.graph), *gm.example()))
     made.meta["signature"] = gm.signature
     return made
@@ -107,7 +107,7 @@ def _one(x: Tensor, tensors: Sequence[Tensor], extras: Sequence[Tensor] | None, 
 
 
 def _call(op: OpOverload, *args: Any, **kwargs: Any) -> Tensor:
-    made: Tensor = _BODIES.get(op, op)(*args, **kwargs)
+    made: Tensor = BODIES.get(op, op)(*args, **kwargs)
     return made
 
 
@@ -166,7 +166,7 @@ def _int8_dynamic(x: Tensor, codes: Tensor, scales: Tensor, smooth: Tensor, bias
     return (y if bias is None else y + bias.to(step.dtype)).to(x.dtype)
 
 
-_BODIES: Mapping[Any, Callable[..., Any]] = {
+BODIES: Mapping[Any, Callable[..., Any]] = {
     low_rank_linear.low_rank_linear._opoverload: low_rank_linear.low_rank_linear._init_fn,
     block_low_rank_linear.block_low_rank_linear._opoverload: block_low_rank_linear.block_low_rank_linear._init_fn,
     monarch_linear.monarch_linear._opoverload: monarch_linear.monarch_linear._init_fn,
