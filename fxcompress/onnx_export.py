@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fxcompress.codegen.cpu.module import LoweredModule
@@ -128,8 +129,9 @@ def _explain(gm: SignedModule, error: BaseException) -> str:
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
     text = " ".join(str(cause) for cause in causes)
+    unknown = re.search(r"<OpOverload\(op='\w+\.(\w+)'", text)  # aten's, or the primitive that it is made of
     for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and f"{node.target}" in text:
+        if unknown and isinstance(node.target, OpOverload) and unknown[1] in node.target._opname:
             return (
                 f"ONNX has no word for {node.target} at {_owner(node)}: torch.onnx {torch.__version__} does not "
                 "translate it. Write that line of the model with other calls, or compress the submodule below it."
@@ -237,4 +239,5 @@ def _write(target: Path, content: bytes) -> None:
     except OSError as error:
         raise ExportError(f"{target} could not be written ({error.strerror or error}).") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
