@@ -10,6 +10,7 @@ from fxcompress.core.budget import Budget
 from fxcompress.core.plan import Plan
 from fxcompress.core.show import show
 from fxcompress.cost_model.device import DeviceProfile
+from fxcompress.exporting import export_program
 from fxcompress.lowering import lower
 from fxcompress.module_mode import apply
 from fxcompress.onnx_export import export_onnx
@@ -19,6 +20,6 @@ from fxcompress.restructuring import restructure
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "DeviceProfile", "Plan", "Report", "apply", "compile", "export_onnx", "load", "lottery", "lower",
-    "profile", "restructure", "save", "show",
+    "Budget", "DeviceProfile", "Plan", "Report", "apply", "compile", "export_onnx", "export_program", "load",
+    "lottery", "lower", "profile", "restructure", "save", "show",
 ]  # fmt: skip

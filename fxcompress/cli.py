@@ -5,6 +5,7 @@
     fxcompress plan ./my-bert --budget 4x --latency 2x --workload query=1x16 index=32x128:0.1
     fxcompress inspect ./my-bert-4x
     fxcompress inspect ./my-bert-4x --cost --at s0=8,s1=128
+    fxcompress export ./my-bert-4x --onnx my-bert-4x.onnx
     fxcompress kernels --arch 90
     fxcompress tune ./my-bert-4x
     fxcompress profile
@@ -21,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from fxcompress import __version__, profiling
+from fxcompress import __version__, cli_export, profiling
 from fxcompress.api import compile, plan_only
 from fxcompress.checkpoint import load, refuse_existing, save
 from fxcompress.codegen.costs import cost_of
@@ -234,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     compress = command("compress", _compress, "compress a Hugging Face model folder")
     plan = command("plan", _plan, "choose the rewrites for a budget and print them; write no model")
     inspect = command("inspect", _inspect, "print the plan and the report of a compressed folder")
+    cli_export.add(command)
     kernels = command("kernels", _kernels, "compile every kind of Triton kernel for a GPU that need not be here")
     kernels.add_argument("--arch", type=int, default=90, help="compute capability, 90 for sm_90 (default)")
     tune = command("tune", _tune, "measure launch configs for a compressed folder on this GPU, once and for all")

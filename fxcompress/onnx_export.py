@@ -27,12 +27,12 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fxcompress.codegen.cpu.module import LoweredModule
 from fxcompress.codegen.onnx.plain import REFUSED, ops_of, plain
 from fxcompress.codegen.onnx.products import FOURS, OPSET, spell_out
 from fxcompress.core.capture import export
 from fxcompress.core.errors import ExportError
 from fxcompress.core.signature import Signature, SignedModule
+from fxcompress.exporting import check_exportable, refuse_existing_file
 
 FOLDED = 64  # elements of a constant that may be worked out before writing: sizes, never weights
 LARGEST = (1 << 31) - 1  # bytes of a protobuf message
@@ -47,15 +47,8 @@ def export_onnx(compiled: SignedModule, path: str | os.PathLike[str]) -> None:
     ONNX Runtime multiplies by codes of 4 and 8 bits with inputs rounded to 8 bits unless the session is told
     `session.qdq_matmulnbits_accuracy_level=1`. Raises `ExportError`, with the op and the modules that cannot be said.
     """
-    target = Path(path)
-    if target.exists() or target.is_symlink():
-        raise ExportError(f"{target} exists already; choose a new file or remove it first.")
-    if isinstance(compiled, LoweredModule):
-        raise ExportError("a lowered module fits this machine alone; export the compiled one it was made from.")
-    if not isinstance(compiled, SignedModule):
-        raise ExportError(
-            f"export_onnx takes what fxcompress.compile, restructure or load returned, not a {type(compiled).__name__}."
-        )
+    target = refuse_existing_file(path)
+    check_exportable(compiled, "export_onnx")
     _need_packages()
     _refuse(compiled)
     content = _written(_translated(compiled), compiled)

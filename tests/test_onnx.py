@@ -59,8 +59,9 @@ def test_a_padded_bert_answers_at_every_size_with_the_models_names(bert, tmp_pat
     path = tmp_path / "bert.onnx"
     fxcompress.export_onnx(bert, path)
     run = session(path)
-    assert [(v.name, v.shape[1]) for v in run.get_inputs()][0] == ("input_ids", "sequence")
-    assert {v.name for v in run.get_inputs()} == {"input_ids", "attention_mask", "token_type_ids"}
+    shapes = {v.name: v.shape for v in run.get_inputs()}
+    assert shapes.keys() == {"input_ids", "attention_mask", "token_type_ids"}
+    assert shapes["input_ids"] == ["batch", "sequence"]
     assert [v.name for v in run.get_outputs()] == ["last_hidden_state", "pooler_output"]
     for batch, length in ((4, 12), (1, 12), (3, 1), (7, 64), (1, 1)):
         inputs = padded(batch, length, batch)
@@ -163,7 +164,7 @@ def test_an_existing_file_is_refused_and_left_alone(pair, tmp_path):
 
 
 def test_what_is_no_compressed_graph_is_refused(pair, tmp_path):
-    with pytest.raises(ExportError, match="takes what fxcompress.compile, restructure or load returned, not a Linear"):
+    with pytest.raises(ExportError, match=r"takes what fxcompress\.compile, .* returned, not a Linear"):
         fxcompress.export_onnx(nn.Linear(2, 2), tmp_path / "model.onnx")
     with pytest.raises(ExportError, match="a lowered module fits this machine alone; export the compiled one"):
         fxcompress.export_onnx(fxcompress.lower(pair, "eager"), tmp_path / "model.onnx")
@@ -198,7 +199,7 @@ def test_a_file_too_large_for_onnx_is_refused(pair, tmp_path, monkeypatch):
 
 def test_without_the_packages_it_says_what_to_install(pair, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r"ONNX files need onnx, onnxscript, onnx_ir: pip install 'fxcompress\[onnx\]'"):
+    with pytest.raises(ExportError, match=r"ONNX files need onnx, .*: pip install 'fxcompress\[onnx\]'"):
         fxcompress.export_onnx(pair, tmp_path / "model.onnx")
 
 

@@ -1,4 +1,4 @@
-"""Every way a weight is kept, alone in a file: ONNX Runtime gives the compiled graph's numbers, and the bytes are few."""
+"""Every way a weight is kept, alone in an ONNX file: the compiled graph's numbers, in as few bytes."""
 
 from __future__ import annotations
 
