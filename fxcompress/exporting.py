@@ -6,7 +6,8 @@
 
 Both files call the operators that importing fxcompress registers, and hold the weights in their codes. Where they are
 not registered, torch.export.load says only "We ran into an error when deserializing the saved file"; the warning above
-it names the operator.
+it names the operator. A model that answers with a class of transformers needs `import transformers.modeling_outputs`,
+too.
 """
 
 from __future__ import annotations
