@@ -7,6 +7,7 @@
     fxcompress inspect ./my-bert-4x
     fxcompress inspect ./my-bert-4x --cost --at s0=8,s1=128
     fxcompress eval ./my-bert-4x --original ./my-bert --task sts.tsv
+    fxcompress export ./my-bert-4x --onnx my-bert-4x.onnx
     fxcompress kernels --arch 90
     fxcompress tune ./my-bert-4x
     fxcompress profile
@@ -23,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from fxcompress import __version__, profiling
+from fxcompress import __version__, cli_export, profiling
 from fxcompress.api import compile, plan_only
 from fxcompress.checkpoint import load, save
 from fxcompress.codegen.costs import cost_of
@@ -248,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "choose the rewrites for a budget and print them; write no model")
     inspect = command("inspect", _inspect, "print the plan and the report of a compressed folder")
     evaluation.add_arguments(command("eval", _eval, "measure a folder on labelled lines or text, beside the original"))
+    cli_export.add(command)
     kernels = command("kernels", _kernels, "compile every kind of Triton kernel for a GPU that need not be here")
     kernels.add_argument("--arch", type=int, default=90, help="compute capability, 90 for sm_90 (default)")
     tune = command("tune", _tune, "measure launch configs for a compressed folder on this GPU, once and for all")
