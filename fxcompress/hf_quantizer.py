@@ -12,6 +12,7 @@ the registration, as transformers wants it; it needs the extra `fxcompress[hf]`.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -128,8 +128,9 @@ class FxcompressQuantizer(HfQuantizer):
 
 def adopt(model: nn.Module) -> None:
     """Let every transformers model within `model` be saved with its compressed leaves."""
+    modeling = sys.modules.get("transformers.modeling_utils")  # half a second to import, and without it there is none
     for part in model.modules():
-        if isinstance(part, PreTrainedModel):
+        if modeling is not None and isinstance(part, modeling.PreTrainedModel):
             part.hf_quantizer = FxcompressQuantizer(FxcompressConfig({}))
             part.is_quantized, part.quantization_method = True, METHOD
 
