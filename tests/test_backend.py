@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import fxcompress
 from benchmarks.models import data as readers
 from benchmarks.models import stories
+from fxcompress.parts import parts_of
 from fxcompress.passes.recipe import Recipe
 
 
