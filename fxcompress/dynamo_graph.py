@@ -5,22 +5,27 @@
 
 Dynamo lifts a model's parameters to inputs and spells products in torch's own functions. Here those that read a weight
 with a part are spelled as ATen, the weight becomes an attribute on meta, and the surgery of `compile` does the rest
-(fxcompress.core.surgery). Inputs stay as they were, and one that nothing reads any more is passed over.
+(fxcompress.core.surgery). A weight that something else reads as well is read back whole, so that none stays as it was.
+Inputs stay as they were, and one that nothing reads any more is passed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxcompress.core.errors import BackendError
+from fxcompress.core.experts import spell_out
 from fxcompress.core.site import find_sites
 from fxcompress.core.surgery import tidy
 from fxcompress.leaves import hollow
 from fxcompress.parts import Part
+from fxcompress.read_back import Reader
 
 aten = torch.ops.aten
 Spelling = Callable[..., tuple[Any, tuple[Any, ...]]]  # the arguments of a call -> an ATen op and its arguments
@@ -45,6 +50,14 @@ def _convolution(op: Any) -> Spelling:
     return spelled
 
 
+def _matmul(x: Any, weight: Any) -> tuple[Any, tuple[Any, ...]]:
+    return aten.matmul.default, (x, weight)
+
+
+def _turned(weight: Any, *_: Any) -> tuple[Any, tuple[Any, ...]]:
+    return aten.t.default, (weight,)
+
+
 def _addmm(bias: Any, x: Any, weight: Any) -> tuple[Any, tuple[Any, ...]]:
     return aten.addmm.default, (bias, x, weight)
 
@@ -57,7 +70,15 @@ SPELLINGS: Mapping[Any, Spelling] = {
     torch.conv2d: _convolution(aten.conv2d),
     torch.conv3d: _convolution(aten.conv3d),
     torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    operator.matmul: _matmul,
+    "matmul": _matmul,
+    "mm": _matmul,
+    torch.t: _turned,
+    "t": _turned,
 }
+TURNS = ("T", "mT")  # attributes of a weight
 
 
 def rewritten(gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[Tensor, Part]) -> fx.GraphModule:
@@ -65,7 +86,7 @@ def rewritten(gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[Tensor
     as it is: Dynamo goes on to read it."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    work, parts = fx.GraphModule(gm, graph), dict[str, Part]()
+    work, parts, weights = fx.GraphModule(gm, graph), dict[str, Part](), dict[str, Tensor]()
     for node in graph.nodes:
         if "example_value" in node.meta:
             node.meta["val"] = node.meta["example_value"]
@@ -73,20 +94,76 @@ def rewritten(gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[Tensor
         if isinstance(value, nn.Parameter):
             part = part_of.get(value)
             if part is not None:
-                parts[f"site{at}"] = part
+                parts[f"site{at}"], weights[f"site{at}"] = part, value
             _read_as_attribute(work, node, f"site{at}", value if part is None else nn.Parameter(hollow(value), False))
-    for node in list(graph.nodes):
-        if node.target in SPELLINGS and any(str(a.target) in parts for a in node.all_input_nodes):
-            target, args = SPELLINGS[node.target](*node.args, **node.kwargs)
-            node.target, node.args, node.kwargs = target, args, {}
+    _spell(graph, parts)
     for site in find_sites(work):
         if site.name in parts:
-            parts[site.name].recipe.of(site, parts[site.name].tensors).apply(work, site)
+            part = parts.pop(site.name)
+            part.recipe.of(site, part.tensors).apply(work, site)
+    for name, part in parts.items():  # what is read otherwise than the compiled graph reads it
+        _read_back(work, name, part, weights[name])
     for node in graph.find_nodes(op="get_attr"):
         if "input" in node.meta:  # what is no part's: the input it was
             node.replace_all_uses_with(node.meta["input"])
     tidy(work)
     return work
+
+
+def _spell(graph: fx.Graph, names: Collection[str]) -> None:
+    """As ATen, whatever reads one of the weights `names`."""
+    for node in list(graph.nodes):
+        spelling = _spelling(node)
+        if spelling is not None and any(_reads(a, names) for a in node.all_input_nodes):
+            node.target, node.args = spelling(*node.args, **node.kwargs)
+            node.op, node.kwargs = "call_function", {}
+    spell_out(graph)
+
+
+def _spelling(node: fx.Node) -> Spelling | None:
+    """How ATen says it; None for what is no product, look-up or transpose."""
+    if node.target is getattr and len(node.args) == 2 and node.args[1] in TURNS:
+        return _turned
+    of_two = node.target in (torch.t, "t") and len(_shape(node)) != 2
+    return None if of_two else SPELLINGS.get(node.target)
+
+
+def _shape(node: fx.Node) -> Sequence[Any]:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else ()
+
+
+def _reads(node: fx.Node, names: Collection[str]) -> bool:
+    """True for one of the weights `names`, or its transpose."""
+    if node.target is aten.t.default:
+        return _reads(node.all_input_nodes[0], names)
+    return node.op == "get_attr" and str(node.target) in names
+
+
+def _read_back(work: fx.GraphModule, name: str, part: Part, weight: Tensor) -> None:
+    """The weight, whole, for whatever reads it. Raises `BackendError`."""
+    reads = [node for node in work.graph.find_nodes(op="get_attr") if node.target == name]
+    if not any(node.users for node in reads):
+        return
+    if "bias" in part.tensors:
+        raise BackendError(
+            f"{part.recipe} at {part.site} corrects a bias, and torch.compile shows another product there than "
+            "fxcompress.compile. Use the compiled graph, or fxcompress.apply."
+        )
+    reader, first = Reader.of(part, weight), reads[0]
+
+    def read_back(*tensors: Tensor) -> Tensor:
+        return reader(dict(zip(reader.names, tensors)))
+
+    with work.graph.inserting_before(first):
+        tensors = []
+        for key in reader.names:
+            work.register_buffer(f"{name}_{key}", part.tensors[key].detach())
+            tensors.append(work.graph.get_attr(f"{name}_{key}"))
+        whole = work.graph.call_function(read_back, tuple(tensors))
+    whole.meta["val"] = first.meta["val"]
+    for node in reads:
+        node.replace_all_uses_with(whole)
 
 
 def _read_as_attribute(work: fx.GraphModule, node: fx.Node, name: str, value: nn.Parameter) -> None:

@@ -51,7 +51,8 @@ def weight_of(model: nn.Module, part: Part) -> nn.Parameter:
             f"the plan was made for another model: it says {part.recipe} at {part.site}, and {type(model).__name__} "
             "has no such weight."
         )
-    if {*weight.flatten(1).shape} != {part.rows, part.columns}:
+    sizes = {part.rows, part.columns}
+    if sizes not in ({*weight.flatten(1).shape}, {*weight.flatten(0, -2).shape}):  # the latter of stacked experts
         raise PlanError(
             f"the plan was made for another model: {part.site} is {part.rows} x {part.columns} in the plan and "
             f"{' x '.join(map(str, weight.shape))} here."
