@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.core.errors import BackendError
 from fxcompress.core.experts import spell_out
-from fxcompress.core.site import find_sites
+from fxcompress.core.site import Site, find_sites
 from fxcompress.core.surgery import tidy
 from fxcompress.leaves import hollow
 from fxcompress.parts import Part
@@ -81,33 +82,60 @@ SPELLINGS: Mapping[Any, Spelling] = {
 TURNS = ("T", "mT")  # attributes of a weight
 
 
-def rewritten(gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[Tensor, Part]) -> fx.GraphModule:
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter that a part stands for, while it is an attribute."""
+
+    part: Part
+    value: Tensor
+    biases: tuple[str, ...]  # attributes that are the bias which the part corrects
+
+
+def rewritten(
+    gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[Tensor, Part], beside: Mapping[Tensor, Part]
+) -> fx.GraphModule:
     """A copy of `gm`, whose inputs are `inputs`, with parts for the parameters that have one, by identity. `gm` stays
-    as it is: Dynamo goes on to read it."""
+    as it is: Dynamo goes on to read it. beside: parts by the bias that they correct. Raises `BackendError`."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    work, parts, weights = fx.GraphModule(gm, graph), dict[str, Part](), dict[str, Tensor]()
+    work = fx.GraphModule(gm, graph)
     for node in graph.nodes:
         if "example_value" in node.meta:
             node.meta["val"] = node.meta["example_value"]
-    for at, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), inputs)):
-        if isinstance(value, nn.Parameter):
-            part = part_of.get(value)
-            if part is not None:
-                parts[f"site{at}"], weights[f"site{at}"] = part, value
-            _read_as_attribute(work, node, f"site{at}", value if part is None else nn.Parameter(hollow(value), False))
-    _spell(graph, parts)
+    weights = _as_attributes(work, inputs, part_of, beside)
+    _spell(graph, weights)
     for site in find_sites(work):
-        if site.name in parts:
-            part = parts.pop(site.name)
+        if site.name in weights and _has_bias_for(site, weights[site.name].part):
+            part = weights.pop(site.name).part
             part.recipe.of(site, part.tensors).apply(work, site)
-    for name, part in parts.items():  # what is read otherwise than the compiled graph reads it
-        _read_back(work, name, part, weights[name])
+    for name, weight in weights.items():  # what is read otherwise than the compiled graph reads it
+        _read_back(work, name, weight)
     for node in graph.find_nodes(op="get_attr"):
         if "input" in node.meta:  # what is no part's: the input it was
             node.replace_all_uses_with(node.meta["input"])
     tidy(work)
     return work
+
+
+def _as_attributes(
+    work: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[Tensor, Part], beside: Mapping[Tensor, Part]
+) -> dict[str, Weight]:
+    """Every parameter read as an attribute -> the weights with a part, by attribute."""
+    given = zip(work.graph.find_nodes(op="placeholder"), inputs)
+    parameters = {f"site{at}": (node, v) for at, (node, v) in enumerate(given) if isinstance(v, nn.Parameter)}
+    weights = {}
+    for name, (node, value) in parameters.items():
+        part = part_of.get(value)
+        if part is not None:
+            biases = tuple(other for other, (_, bias) in parameters.items() if beside.get(bias) is part)
+            weights[name] = Weight(part, value, biases)
+        _read_as_attribute(work, node, name, value if part is None else nn.Parameter(hollow(value), False))
+    return weights
+
+
+def _has_bias_for(site: Site, part: Part) -> bool:
+    """False where the part corrects a bias, and the product is written without one: it is added elsewhere."""
+    return "bias" not in part.tensors or site.kind == "embedding" or any(use.bias is not None for use in site.uses)
 
 
 def _spell(graph: fx.Graph, names: Collection[str]) -> None:
@@ -140,30 +168,46 @@ def _reads(node: fx.Node, names: Collection[str]) -> bool:
     return node.op == "get_attr" and str(node.target) in names
 
 
-def _read_back(work: fx.GraphModule, name: str, part: Part, weight: Tensor) -> None:
-    """The weight, whole, for whatever reads it. Raises `BackendError`."""
-    reads = [node for node in work.graph.find_nodes(op="get_attr") if node.target == name]
-    if not any(node.users for node in reads):
+def _read_back(work: fx.GraphModule, name: str, weight: Weight) -> None:
+    """The weight, whole, for whatever reads it, and the bias that goes with it. Raises `BackendError`."""
+    part, reader = weight.part, Reader.of(weight.part, weight.value)
+    if not any(node.users for node in _reads_of(work, name)):
         return
-    if "bias" in part.tensors:
+    if "bias" in part.tensors and not weight.biases:
         raise BackendError(
-            f"{part.recipe} at {part.site} corrects a bias, and torch.compile shows another product there than "
-            "fxcompress.compile. Use the compiled graph, or fxcompress.apply."
+            f"{part.recipe} at {part.site} corrects a bias, and torch.compile shows none beside it. Use the compiled "
+            "graph, or fxcompress.apply."
         )
-    reader, first = Reader.of(part, weight), reads[0]
 
     def read_back(*tensors: Tensor) -> Tensor:
         return reader(dict(zip(reader.names, tensors)))
 
-    with work.graph.inserting_before(first):
-        tensors = []
-        for key in reader.names:
-            work.register_buffer(f"{name}_{key}", part.tensors[key].detach())
-            tensors.append(work.graph.get_attr(f"{name}_{key}"))
-        whole = work.graph.call_function(read_back, tuple(tensors))
-    whole.meta["val"] = first.meta["val"]
-    for node in reads:
+    whole = _insert(work, name, {key: part.tensors[key] for key in reader.names}, read_back)
+    for node in _reads_of(work, name):
         node.replace_all_uses_with(whole)
+    for bias in weight.biases:
+        corrected = _insert(work, bias, {"corrected": part.tensors["bias"]}, torch.clone)
+        for node in _reads_of(work, bias):
+            node.replace_all_uses_with(corrected)
+
+
+def _reads_of(work: fx.GraphModule, name: str) -> list[fx.Node]:
+    return [node for node in work.graph.find_nodes(op="get_attr") if node.target == name]
+
+
+def _insert(
+    work: fx.GraphModule, name: str, tensors: Mapping[str, Tensor], function: Callable[..., Tensor]
+) -> fx.Node:
+    """`function` of `tensors`, in front of the first node that reads the attribute `name`."""
+    first = _reads_of(work, name)[0]
+    with work.graph.inserting_before(first):
+        reads = []
+        for key, tensor in tensors.items():
+            work.register_buffer(f"{name}_{key}", tensor.detach())
+            reads.append(work.graph.get_attr(f"{name}_{key}"))
+        made = work.graph.call_function(function, tuple(reads))
+    made.meta["val"] = first.meta["val"]
+    return made
 
 
 def _read_as_attribute(work: fx.GraphModule, node: fx.Node, name: str, value: nn.Parameter) -> None:

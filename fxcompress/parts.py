@@ -60,6 +60,15 @@ def weight_of(model: nn.Module, part: Part) -> nn.Parameter:
     return weight
 
 
+def bias_beside(model: nn.Module, part: Part) -> nn.Parameter | None:
+    """The parameter that the part's "bias" takes the place of; None where it has none, or nothing is named so."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    path = f"{part.site}.weight" if f"{part.site}.weight" in parameters else part.site
+    owner, _, leaf = path.rpartition(".")
+    bias = parameters.get(f"{owner}.{leaf.replace('weight', 'bias')}".lstrip("."))
+    return None if "bias" not in part.tensors or bias is parameters.get(path) else bias
+
+
 def _part(compiled: SignedModule, info: SiteInfo, recipe: Recipe) -> Part:
     if isinstance(recipe.structure, HiddenUnits):
         raise PlanError(

@@ -33,7 +33,11 @@ class Entry:
     inputs: Callable[[torch.Generator], Batch]
 
     def build(self) -> nn.Module:
-        """In eval mode; the same weights every time."""
+        """In eval mode, frozen; the same weights every time.
+
+        Frozen, because `torch.matmul` of a matrix by a batch rounds otherwise where the matrix asks for gradients, and
+        compressed models do not (Mamba's dt_proj).
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             config = getattr(transformers, self.config)(**self.settings)
@@ -41,7 +45,7 @@ class Entry:
         for module in model.modules():  # a cache is no answer
             if getattr(getattr(module, "config", None), "use_cache", False):
                 module.config.use_cache = False
-        return model.eval()
+        return model.eval().requires_grad_(False)
 
     def batches(self, count: int, seed: int = 0) -> list[Batch]:
         """`count` batches, the same for the same seed."""
@@ -225,7 +229,7 @@ ZOO = (
     Entry("ResNet", "image classes", "ResNetForImageClassification", "ResNetConfig",
           {**STAGES, "embedding_size": 32, "layer_type": "basic"}, images),
     Entry("MobileNetV2", "image classes", "MobileNetV2ForImageClassification", "MobileNetV2Config",
-          {"image_size": PIXELS, "depth_multiplier": 0.35}, images),
+          {"image_size": PIXELS, "depth_multiplier": 0.35, "initializer_range": 0.2}, images),
     Entry("SegFormer", "segmentation", "SegformerForSemanticSegmentation", "SegformerConfig",
           {"hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 4, 4],
            "decoder_hidden_size": 128}, images),
