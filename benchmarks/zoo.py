@@ -168,7 +168,7 @@ def page(rows: Sequence[Row]) -> str:
     """docs/zoo.md, with these rows anew."""
     cells = {**(told() if PAGE.is_file() else {}), **{row.entry.name: row.cells for row in rows}}
     table = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
-    table += ["| " + " | ".join(cells[entry.name]) + " |" for entry in ZOO]
+    table += ["| " + " | ".join(cells[entry.name]) + " |" for entry in ZOO if entry.name in cells]
     return INTRODUCTION + "\n".join(table) + "\n"
 
 
@@ -212,10 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in pool.map(named, wanted):
             rows.append(row)
             print(f"{len(rows)}: {', '.join(filter(None, row.cells))}", file=sys.stderr)
+            if options.write:
+                PAGE.parent.mkdir(exist_ok=True)
+                PAGE.write_text(page(rows), encoding="utf-8")
     print(tabulate([row.cells for row in rows], headers=HEADS, disable_numparse=True))
-    if options.write:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
