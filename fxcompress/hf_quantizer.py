@@ -87,7 +87,8 @@ class FxcompressQuantizer(HfQuantizer):
         self._waiting = hollowed(model, self._leaves)
         for path in self._leaves:
             model.get_submodule(path)._is_hf_initialized = True  # or its weight would be drawn at random
-        weights = {f"{path}.weight" for path in self._leaves}
+        kept = {path: leaf.get("read_back", ["weight"]) for path, leaf in self._leaves.items()}
+        weights = {f"{path}.{name}" for path, names in kept.items() for name in names}
         ties = model.all_tied_weights_keys
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if a not in weights and b not in weights}
         return model
@@ -107,6 +108,7 @@ class FxcompressQuantizer(HfQuantizer):
         leaves = describe(model)
         dtype = str(model.dtype).removeprefix("torch.")
         model.config.quantization_config = FxcompressConfig(leaves, dtype)
+        model._weight_conversions = []  # or tensors are renamed, or split by expert, as dense ones once were
         second = {path for path, leaf in leaves.items() if "same_as" in leaf}
         dropped = {f"{path}.{name}" for path in second for name in model.get_submodule(path).tensors}
         return {name: t for name, t in model.state_dict().items() if name not in dropped}, {}

@@ -58,8 +58,14 @@ def inverse(metric: Metric) -> Inverse:
     """An analysis of a metric, for rounding and pruning alike."""
     g = metric.columns
     assert g is not None
-    level = DAMPING * g.diagonal().mean() + torch.finfo(g.dtype).tiny ** 0.5
-    damped = g + level * torch.eye(len(g), dtype=g.dtype)
+    level = DAMPING * g.diagonal().mean().clamp_min(0) + torch.finfo(g.dtype).tiny ** 0.5
+    unit = torch.eye(len(g), dtype=g.dtype)
+    # Moments are summed in float32: of inputs that never vary, or are too faint for their squares, what is left is
+    # rounding, and can be far from positive definite. Half of the last level is enough for it, the rest is margin.
+    enough = level
+    while int(torch.linalg.cholesky_ex(g + enough * unit).info):
+        enough, level = 10 * enough, 20 * enough
+    damped = g + level * unit
     return Inverse(damped, torch.cholesky_inverse(torch.linalg.cholesky(damped)))
 
 

@@ -129,9 +129,9 @@ def test_export_from_the_command_line(vit, images, tmp_path, capsys):
     assert (torch.from_numpy(got) - want).abs().max() <= 2 * 27 * 136 * EPS * want.abs().max()  # as above
     assert main(["export", str(folder), "--onnx", str(onnx)]) == 1
     assert "vit.onnx exists already; choose a new file or remove it first." in capsys.readouterr().err
-    other = str(tmp_path / "other.pt2")
-    assert main(["export", str(folder), "--pt2", other]) == 0
-    assert capsys.readouterr().out == f"{other}: {pt2.stat().st_size:,} bytes\n"
+    other = tmp_path / "other.pt2"
+    assert main(["export", str(folder), "--pt2", str(other)]) == 0
+    assert capsys.readouterr().out == f"{other}: {other.stat().st_size:,} bytes\n"
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,10 @@ class _Observer(fx.Interpreter):
 
 
 def multiplied(use: Use, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of x that the weight multiplies, padding left out."""
+    """The rows of x that the weight multiplies, padding left out but for experts, whose rows are in an order of their
+    own."""
+    if use.kind == "experts":
+        return x
     return unmasked(x, mask) if use.window is None else patches(use.window, x, mask)
 
 
