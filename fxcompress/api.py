@@ -265,8 +265,8 @@ def observe(
 
 def _refuse_compressed(model: nn.Module) -> None:
     """Raises `CaptureError` where weights are compressed already: what is left would be taken for the whole."""
-    held = (f"{path} is a {type(m).__name__}" for path, m in model.named_modules() if isinstance(m, Compressed | ReadsBack))
-    leaf = next(held, None)
+    held = ((path, m) for path, m in model.named_modules() if isinstance(m, Compressed | ReadsBack))
+    leaf = next((f"{path} is a {type(m).__name__}" for path, m in held), None)
     if leaf is None and isinstance(model, SignedModule) and "plan" in model.meta:
         leaf = "this is what compile or load returned"
     if leaf is not None:
