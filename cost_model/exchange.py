@@ -22,7 +22,7 @@ from scipy.spatial import KDTree
 
 from fxcompress.cost_model.relaxation import Relaxation
 
-MOVES = 4000  # those of least reduced cost: 2,000 leave more instances unsettled, 8,000 take two to four times as long
+MOVES = 4000  # those of least reduced cost: 2,000 leave more instances unsettled, 8,000 mostly take over twice as long
 NEIGHBOURS = 12  # of which one in 2^bounds overshoots none
 # What goes into reduced costs is not got back, while what is left of bounds can be used up later.
 LOST = 3.0
