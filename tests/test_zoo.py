@@ -31,8 +31,8 @@ def test_an_architecture_does_what_the_page_says(entry):
     row, page = trial(entry, compressed=entry.name in AT_3X), told()[entry.name]
     for path, found in row.paths.items():
         assert found == page[path], path
-    if entry.name in AT_3X or SAME not in row.paths.values():
-        assert row.cells[-1].split(" (")[0] == page["why not"].split(" (")[0]  # sizes follow the versions of libraries
+    for why in row.why:  # without the sizes, which follow the versions of libraries
+        assert why.split(" (")[0] in page["why not"]
     if row.ratio is not None:
         assert row.ratio >= 3
     if row.measured is not None and row.predicted is not None:
