@@ -39,7 +39,7 @@ REWRITES = ["quantize", "low_rank"]  # the two that win most; all of them take a
 BATCHES = 8
 SAME, NO, UNTRIED = "same bits", "no", ""
 PATHS = ("1x graph", "1x module", "1x backend", "3x loaded", "3x module", "3x backend")
-HEADS = ("architecture", "task", *PATHS[:3], "3x predicted", "3x measured", *PATHS[3:], "save_pretrained", "why not")
+HEADS = ("architecture", "task", *PATHS[:3], "3x predicted", "3x measured", *PATHS[3:], "why not")
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Row:
         errors = [f"{e:.1e}{' nats' if self.kind == 'kl' else ''}" if e is not None else ""
                   for e in (self.predicted, self.measured)]  # fmt: skip
         why = "; ".join(dict.fromkeys(self.why))
-        return (self.entry.name, self.entry.task, *marks[:3], *errors, *marks[3:], "", why)
+        return (self.entry.name, self.entry.task, *marks[:3], *errors, *marks[3:], why)
 
     def attempt(self, path: str, run: Callable[[], Any], want: Any) -> None:
         """Whether `run()` gives what is wanted; a failure's reason is kept."""
@@ -195,7 +195,6 @@ transformers 5 with random weights, small (0.9 to 8 MB), in float32 on a CPU; co
   quarter of each held out; predicted and measured are the error of the outputs on what is held out: relative, or nats
   of KL for logits. The saved folder, every file counted, is a third of the model's bytes. Then the answers of what was
   loaded, of module mode and of the backend, with that plan, beside the compiled graph's.
-- save_pretrained: not filled in yet.
 
 A measured error keeps the prediction's promise where it is at most a quarter above it, or below {SLIGHT}, where prices
 are not corrected. Mixtures of experts may be above it there: a router that rounds otherwise sends some tokens to
