@@ -410,3 +410,22 @@ def test_batches_of_a_graph_for_one_number_of_examples_stay_whole():
     known = calibrate(gm, find_sites(gm), seen, progress=False)
     assert [len(call[0][0]) for call in known.held_out] == [4, 4]  # every fourth batch
     assert known.moments[find_sites(gm)[0].uses[0].key].count == 6 * 4 * 6
+
+
+def test_a_lookup_that_is_written_into_has_gradients():
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(64, 16), nn.Linear(16, 8)
+
+        def forward(self, ids):
+            x = self.table(ids)
+            x += 1.0
+            return self.head(x)
+
+    ids = torch.arange(32).reshape(4, 8)
+    gm = capture(Shifted().eval(), (ids,))
+    sites = find_sites(gm)
+    known = calibrate(gm, sites, [ids], progress=False)
+    metric = known.statistics(next(site for site in sites if site.kind == "embedding")).column_metric
+    assert float(metric.trace()) > 0

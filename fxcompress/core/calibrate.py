@@ -329,7 +329,8 @@ class _LeafLookups(fx.Interpreter):
         if n.op == "get_attr":
             return value.detach()
         if n.name in self.names:
-            self.leaves[n.name] = value = value.detach().requires_grad_()
+            self.leaves[n.name] = value.detach().requires_grad_()
+            return self.leaves[n.name].clone()  # what follows may write into it, and must not write into a leaf
         return value
 
 
