@@ -203,7 +203,8 @@ it is kept; low rank and other structures are not offered for it.
 
 Why not at 3x: XLNet multiplies by weights of three dimensions in `einsum`, and WavLM's queries, keys and values have
 biases that are cut from a concatenation; both are kept as they are, and the rest alone is not three times smaller. ViLT
-draws the patches that it looks at, as many as the data say; nothing of it can be compared, nor exported.
+draws the patches that it looks at, as many as the data say; nothing of it can be compared, nor exported. Under
+torch.compile LLaVA breaks the graph inside its inner model, and the plan is of the outer one.
 
 """
 
