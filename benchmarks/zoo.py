@@ -38,7 +38,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "zoo.md"
 REWRITES = ["quantize", "low_rank"]  # the two that win most; all of them take a half more time
 BATCHES = 8
 SAME, NO, UNTRIED = "same bits", "no", ""
-PATHS = ("1x graph", "1x module", "1x backend", "3x loaded", "3x module", "3x backend")
+PATHS = ("1x graph", "1x module", "1x backend", "3x loaded", "3x module", "3x from_pretrained", "3x backend")
 HEADS = ("architecture", "task", *PATHS[:3], "3x predicted", "3x measured", *PATHS[3:], "why not")
 
 
@@ -119,6 +119,7 @@ def smaller(row: Row, model: nn.Module, probe: dict[str, Any]) -> None:
         want = compiled(**probe)
         row.attempt("3x loaded", lambda: through_disk(row, compiled)(**probe), want)
         row.attempt("3x module", lambda: fxcompress.apply(model, compiled)(**probe), want)
+        row.attempt("3x from_pretrained", lambda: through_transformers(model, compiled)(**probe), want)
         row.attempt("3x backend", lambda: backend(model, plan=compiled)(**probe), want)
 
 
@@ -129,6 +130,14 @@ def through_disk(row: Row, compiled: SignedModule) -> SignedModule:
         size = sum(file.stat().st_size for file in (Path(folder) / "m").iterdir())
         row.ratio = compiled.report.original_bytes / size
         return fxcompress.load(Path(folder) / "m")
+
+
+def through_transformers(model: nn.Module, compiled: SignedModule) -> Any:
+    """Module mode, saved by save_pretrained and loaded by from_pretrained."""
+    with tempfile.TemporaryDirectory() as folder:
+        small: Any = fxcompress.apply(model, compiled)
+        small.save_pretrained(folder)
+        return type(model).from_pretrained(folder)
 
 
 def backend(model: nn.Module, **options: Any) -> Any:
@@ -194,7 +203,8 @@ transformers 5 with random weights, small (0.9 to 8 MB), in float32 on a CPU; co
 - 3x: `fxcompress.compile(model, "3x", calibration=batches, rewrites={REWRITES})`, {BATCHES} batches of random inputs, a
   quarter of each held out; predicted and measured are the error of the outputs on what is held out: relative, or nats
   of KL for logits. The saved folder, every file counted, is a third of the model's bytes. Then the answers of what was
-  loaded, of module mode and of the backend, with that plan, beside the compiled graph's.
+  loaded, of module mode, of module mode after save_pretrained and from_pretrained, and of the backend, with that plan,
+  beside the compiled graph's.
 
 A measured error keeps the prediction's promise where it is at most a quarter above it, or below {SLIGHT}, where prices
 are not corrected. Mixtures of experts may be above it there: a router that rounds otherwise sends some tokens to

@@ -86,7 +86,8 @@ class FxcompressQuantizer(HfQuantizer):
         self._leaves = _by_own_names(model, self.quantization_config.leaves)
         self._waiting = hollowed(model, self._leaves)
         for path in self._leaves:
-            model.get_submodule(path)._is_hf_initialized = True  # or its weight would be drawn at random
+            module = model.get_submodule(path)  # buffers that no file holds (Gemma's scale of a lookup) are filled anew
+            module._is_hf_initialized = not module._non_persistent_buffers_set
         kept = {path: leaf.get("read_back", ["weight"]) for path, leaf in self._leaves.items()}
         weights = {f"{path}.{name}" for path, names in kept.items() for name in names}
         ties = model.all_tied_weights_keys

@@ -99,7 +99,9 @@ class Compressed(nn.Module):
     @property
     def weight(self) -> nn.Parameter:
         """Read back anew each time, without a gradient. A parameter, as callers expect, but none of the module's."""
-        return nn.Parameter(self._body.weight(self).detach(), requires_grad=False)
+        weight = nn.Parameter(self._body.weight(self).detach(), requires_grad=False)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or from_pretrained would draw one
+        return weight
 
     @property
     def tensors(self) -> dict[str, Tensor]:

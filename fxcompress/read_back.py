@@ -100,7 +100,9 @@ class ReadsBack(nn.Module):
     def read_back(self, name: str) -> Tensor:
         """The weight `name`, made anew, without a gradient."""
         reader = self.readers[name]
-        return reader({key: getattr(self, f"{name}_{key}") for key in reader.names}).detach()
+        weight = reader({key: getattr(self, f"{name}_{key}") for key in reader.names}).detach()
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or from_pretrained would draw one
+        return weight
 
     @property
     def readers(self) -> dict[str, Reader]:

@@ -63,6 +63,13 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+def gemma():
+    """Its table is a subclass of Embedding with a scale of its own, in a buffer that no file holds."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(**WIDE, vocab_size=4096, num_key_value_heads=2, head_dim=32, use_cache=False)
+    return transformers.Gemma2ForCausalLM(config).eval()
+
+
 def vit():
     torch.manual_seed(0)
     return transformers.ViTForImageClassification(transformers.ViTConfig(**IMAGES)).eval()
@@ -107,7 +114,16 @@ def saved(tmp_path_factory):
     return model, folder
 
 
-@pytest.mark.parametrize("make", [llama, mixtral, bert, t5, gpt2, vit], ids=lambda make: make.__name__)
+@pytest.fixture
+def nan_in_new_memory():
+    """What is not filled is seen: torch.empty may give what happens to be right."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize("make", [llama, mixtral, bert, t5, gpt2, gemma, vit], ids=lambda make: make.__name__)
 def test_a_loaded_model_has_the_same_bits_and_is_saved_again_as_it_was(make, tmp_path):
     model = small(make())
     model.save_pretrained(tmp_path / "a")
@@ -116,6 +132,7 @@ def test_a_loaded_model_has_the_same_bits_and_is_saved_again_as_it_was(make, tmp
     assert torch.equal(logits(loaded), logits(model))
     leaves = {name: m.spec for name, m in model.named_modules() if isinstance(m, Compressed)}
     assert len(leaves) > 2
+    assert make is not gemma or "model.embed_tokens" in leaves
     assert any(isinstance(m, ReadsBack) for m in loaded.modules()) == (make is mixtral)
     assert {name: m.spec for name, m in loaded.named_modules() if isinstance(m, Compressed)} == leaves
     loaded.save_pretrained(tmp_path / "b")
