@@ -4,7 +4,9 @@
 
 1. `fit`       s and z of each group by search and Lloyd steps, minimising sum_j G_jj D_j^2; snapped as they are stored.
 2. `feed_back` columns in order of falling G_jj; each column's rounding error is spread over the columns still to come,
-               W_k -= e_j U_jk / U_jj with U the upper Cholesky factor of G^-1 (GPTQ, Frantar et al., arXiv 2210.17323).
+               W_k += (W_j - W'_j) R_jk / R_kk with G = R R^T, R upper. It is GPTQ (Frantar et al., arXiv 2210.17323),
+               which factors G^-1 = U^T U and spreads what W_j has moved by then as well: U = R^-1, so the targets are
+               the same, and nothing is inverted (Babai's nearest plane; Chen et al., arXiv 2507.18553).
 3. `descend`   one cyclic sweep of exact coordinate descent over the codes (QuantEase, Behdin et al., arXiv 2309.01885).
 4. `refit`     for the codes found, the least-squares scales of each row in the metric G, snapped to the same grid.
 5. `descend`   once more: a scale that snapping moved shifts all its weights alike, which no rounding error does, and at
@@ -40,37 +42,33 @@ _BLOCK = 64
 
 
 class Curvature(NamedTuple):
-    """What steps 2-4 need of G: damped (columns, columns) float32, U of the ordered inverse, the order."""
+    """What steps 2-4 need of G: damped (columns, columns) float32, the order, R_jk / R_kk of the ordered G."""
 
     damped: Tensor
-    upper: Tensor
+    steps: Tensor
     order: Tensor
 
 
-class Inverse(NamedTuple):
-    """G damped and its inverse, (columns, columns) float64: inverting a moment squares its condition number."""
+def damped_of(metric: Metric) -> Tensor:
+    """G + DAMPING mean(diag G), in a unit that makes its mean diagonal 1 and float32 keep it; float64."""
+    assert metric.columns is not None
+    g = metric.columns.clone()
+    g.diagonal().add_(DAMPING * g.diagonal().mean() + torch.finfo(g.dtype).tiny ** 0.5)
+    return g.div_(g.diagonal().mean())
 
-    damped: Tensor
-    inverse: Tensor
 
-
-def inverse(metric: Metric) -> Inverse:
-    """An analysis of a metric, for rounding and pruning alike."""
-    g = metric.columns
-    assert g is not None
-    level = DAMPING * g.diagonal().mean() + torch.finfo(g.dtype).tiny ** 0.5
-    damped = g + level * torch.eye(len(g), dtype=g.dtype)
-    return Inverse(damped, torch.cholesky_inverse(torch.linalg.cholesky(damped)))
+def upper(g: Tensor) -> Tensor:
+    """R of G = R R^T, upper triangular: R^T D is what is left of an error D once the columns behind have made up for
+    those before, as far as they can."""
+    return torch.linalg.cholesky(g.flip(0, 1)).flip(0, 1)
 
 
 def curvature(metric: Metric) -> Curvature:
     """Factor G once for all bit widths and group sizes."""
-    known = metric.analysis(inverse)
-    assert known is not None
-    order = torch.argsort(known.damped.diagonal(), descending=True, stable=True)
-    upper = torch.linalg.cholesky(known.inverse[order][:, order], upper=True)
-    scale = known.damped.diagonal().mean()  # G's unit is no matter; near 1 float32 keeps it
-    return Curvature((known.damped / scale).float(), (upper * scale.sqrt()).float(), order)
+    g = damped_of(metric)
+    order = torch.argsort(g.diagonal(), descending=True, stable=True)
+    r = upper(g[order][:, order])
+    return Curvature(g.float(), r.div_(r.diagonal().clone()).float(), order)
 
 
 def fit(x: Tensor, bits: int, group: int, importance: Tensor | None, lattice: Lattice = PLAIN) -> Grid:
@@ -153,19 +151,18 @@ def integers(top: Tensor) -> Near:
 
 def feed_back(x: Tensor, scale: Tensor, zero: Tensor, near: Near, curve: Curvature) -> Tensor:
     """Step 2 for scale, zero (columns, rows) -> codes (columns, rows) float32."""
-    u, order = curve.upper, curve.order
-    steps = u / u.diagonal().unsqueeze(1)  # U_jk / U_jj
+    steps, order = curve.steps, curve.order
     w, s, z = x[order], scale[order], zero[order]
     q = torch.empty_like(w)
     for a in range(0, len(x), _BLOCK):
         mine = slice(a, a + _BLOCK)
-        errors, own = torch.empty_like(w[mine]), steps[mine, mine].contiguous()
+        errors, own = x[order[mine]], steps[mine, mine].contiguous()
         columns = zip(*(t[mine].unbind() for t in (w, s, z, q)), errors.unbind())
         for i, (wj, sj, zj, qj, error) in enumerate(columns):
             qj.copy_(near(torch.addcdiv(zj, wj, sj)))
-            torch.addcmul(wj, qj - zj, sj, value=-1, out=error)
-            w[a + i + 1 : a + _BLOCK].addr_(own[i, i + 1 :], error, alpha=-1)
-        w[a + _BLOCK :].addmm_(steps[mine, a + _BLOCK :].T, errors, alpha=-1)
+            error.addcmul_(qj - zj, sj, value=-1)
+            w[a + i + 1 : a + _BLOCK].addr_(own[i, i + 1 :], error)
+        w[a + _BLOCK :].addmm_(steps[mine, a + _BLOCK :].T, errors)
     codes = torch.empty_like(q)
     codes[order] = q
     return codes
