@@ -115,7 +115,8 @@ def curvature(metric: Metric) -> Curvature:
 def _inverted(r: Tensor) -> Tensor:
     """R^-1 of an upper triangular R, by halves: a third of the work of solving for the identity."""
     if len(r) <= STRETCH:
-        return torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype), upper=True)
+        found: Tensor = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype), upper=True)
+        return found
     half, found = len(r) // 2, torch.zeros_like(r)
     found[:half, :half], found[half:, half:] = _inverted(r[:half, :half]), _inverted(r[half:, half:])
     found[:half, half:] = found[:half, :half] @ r[:half, half:] @ -found[half:, half:]

@@ -52,15 +52,17 @@ class Curvature(NamedTuple):
 def damped_of(metric: Metric) -> Tensor:
     """G + DAMPING mean(diag G), in a unit that makes its mean diagonal 1 and float32 keep it; float64."""
     assert metric.columns is not None
-    g = metric.columns.clone()
+    g: Tensor = metric.columns.clone()
     g.diagonal().add_(DAMPING * g.diagonal().mean() + torch.finfo(g.dtype).tiny ** 0.5)
-    return g.div_(g.diagonal().mean())
+    g /= g.diagonal().mean()
+    return g
 
 
 def upper(g: Tensor) -> Tensor:
     """R of G = R R^T, upper triangular: R^T D is what is left of an error D once the columns behind have made up for
     those before, as far as they can."""
-    return torch.linalg.cholesky(g.flip(0, 1)).flip(0, 1)
+    found: Tensor = torch.linalg.cholesky(g.flip(0, 1)).flip(0, 1)
+    return found
 
 
 def curvature(metric: Metric) -> Curvature:
