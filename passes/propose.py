@@ -248,17 +248,17 @@ def _estimates(
         return not rivals.beats(recipe.net_bytes(site), bound + added.get(recipe.storage, 0.0))
 
     found: list[list[Trial]] = []
-    least: dict[Hashable, float] = {}
+    before: dict[Hashable, tuple[Structure, float]] = {}
     for instance in reversed([*structure.space(site)]):
         stored = kinds if instance.matrices(site) else (None,)
         recipes = [r for s in stored if (r := Recipe(instance, s)).net_bytes(site) <= most]
-        bound = least.get(instance.series(), 0.0)
+        bound = instance.bound_from(site, *before[instance.series()]) if instance.series() in before else 0.0
         if bound <= most_lost and any(hopes(r, bound) for r in recipes):
             bound = max(instance.error_bound(site), bound)
         if not recipes or bound > most_lost:
             continue
         own = _own_error(instance, site) if any(hopes(r, bound) for r in recipes) else bound
-        least[instance.series()] = own
+        before[instance.series()] = instance, own
         found.append([Trial(r, r.net_bytes(site), own, own + added.get(r.storage, 0.0)) for r in recipes])
     return [t for trials in reversed(found) for t in trials if t.structure_error <= most_lost]
 
