@@ -22,7 +22,7 @@ from tabulate import tabulate
 from fxcompress.core.errors import InfeasibleBudgetError
 from fxcompress.cost_model.knapsack import Item, Limits, select
 
-SITES, CANDIDATES, SEEDS = 2000, 60, 12
+SITES, CANDIDATES, SEEDS = 2000, 60, 41
 
 
 def instance(seed: int) -> tuple[list[list[Item]], Limits]:

@@ -6,8 +6,10 @@
                 tied sites: sum of x_i over the items of one label is the same at each of them, for every label
 
 Items that another of the same labels beats or equals on every axis are dropped first, then those that can be in no
-better choice than one already found (fxcompress.cost_model.relaxation). HiGHS (scipy.optimize.milp) settles the rest,
-and proves the gap it reports. Sinha & Zoltners, The multiple-choice knapsack problem, Operations Research 1979.
+better choice than one already found (fxcompress.cost_model.relaxation). Of many items a choice near enough the bound is
+looked for first (fxcompress.cost_model.exchange). HiGHS (scipy.optimize.milp) settles the rest, and proves the gap.
+
+Sinha & Zoltners, The multiple-choice knapsack problem, Operations Research 1979.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import scipy.sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from fxcompress.core.errors import InfeasibleBudgetError
+from fxcompress.cost_model.exchange import exchange
 from fxcompress.cost_model.relaxation import relax
 
 Axis = Literal["bytes", "loss", "flops", "seconds"]
@@ -100,6 +103,10 @@ def select(
     tied = np.isin(every.site, [site for tie in ties for site in tie])
     many = len(tied) > MANY
     enough = GAP_OF_MANY if many else GAP
+    if many and not ties:
+        chosen = exchange(relaxed, every.rows, every.bounds, every.site, enough * abs(relaxed.lowest))
+        if chosen is not None and (gap := _gap(float(every.cost[chosen].sum()), relaxed.lowest)) <= enough:
+            return Selection(every.picked(chosen), gap)
     order = np.sort(relaxed.reduced)
     open_ = np.ones(len(tied), dtype=bool)
     for core in CORES:
@@ -107,7 +114,7 @@ def select(
         found = _solve(every, narrow, ties, enough, NODES if many else None)
         if found is None:
             continue
-        gap = max(0.0, found.cost - relaxed.lowest) / max(abs(found.cost), 1e-300)
+        gap = _gap(found.cost, relaxed.lowest)
         slack = ROUNDING * (abs(relaxed.lowest) + abs(found.cost) + float(np.abs(every.cost).max()))
         open_ &= relaxed.lowest + relaxed.reduced <= found.cost + slack  # what is not can be in no better choice
         if not (open_ & ~narrow).any():
@@ -209,7 +216,11 @@ def _solve(
     chosen = np.sort(np.concatenate([at[alone], at[free[solved.x > 0.5]]]))
     total = float(every.cost[chosen].sum())
     lowest = fixed + float(solved.mip_dual_bound)
-    return _Solution(chosen, total, max(0.0, total - lowest) / max(abs(total), 1e-300) if solved.mip_gap else 0.0)
+    return _Solution(chosen, total, _gap(total, lowest) if solved.mip_gap else 0.0)
+
+
+def _gap(cost: float, lowest: float) -> float:
+    return max(0.0, cost - lowest) / max(abs(cost), 1e-300)
 
 
 def _together(tie: Tie, flat: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ Fisher, The Lagrangian relaxation method, Management Science 1981; Kelley, The c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import linprog
@@ -28,25 +28,32 @@ STEEP = 100.0  # times the sum of what sites' costs span: no multiplier is looke
 
 @dataclass(frozen=True)
 class Relaxation:
-    """lowest: no choice costs less. reduced: (items,) r_j >= 0."""
+    """lowest: no choice costs less. reduced: (items,) r_j >= 0. multipliers: (bounds,) those of both.
+
+    picked: each (sites,), the choices that cost least at the multipliers that were tried; they keep no bounds.
+    """
 
     lowest: float
     reduced: np.ndarray
+    multipliers: np.ndarray
+    picked: tuple[np.ndarray, ...] = ()
 
 
 def relax(cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, starts: np.ndarray) -> Relaxation:
     """cost (items,), rows (bounds, items): items of one site are neighbours, the first of each at `starts`."""
     if not len(bounds):
-        return _at(np.zeros(0), cost, rows, bounds, starts)
+        free = _at(np.zeros(0), cost, rows, bounds, starts)
+        return replace(free, picked=(_cheapest(free.reduced, starts),))
     span = np.maximum.reduceat(cost, starts) - np.minimum.reduceat(cost, starts)
     box = STEEP * float(span.sum()) + 1.0
     multipliers, best = np.zeros(len(bounds)), None
-    slopes, values = [], []
+    slopes, values, every = [], [], []
     for _ in range(CUTS):
         found = _at(multipliers, cost, rows, bounds, starts)
         if best is None or found.lowest > best.lowest:
             best = found
         picked = _cheapest(found.reduced, starts)
+        every.append(picked)
         slopes.append(rows[:, picked].sum(1) - bounds)
         values.append(float(cost[picked].sum()))
         roof = linprog(
@@ -59,7 +66,7 @@ def relax(cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, starts: np.nda
             break
         multipliers = np.maximum(roof.x[1:], 0.0)
     assert best is not None
-    return best
+    return replace(best, picked=tuple(every))
 
 
 def _at(
@@ -68,7 +75,7 @@ def _at(
     priced = cost + multipliers @ rows
     least = np.minimum.reduceat(priced, starts)
     sizes = np.diff([*starts, len(cost)])
-    return Relaxation(float(least.sum() - multipliers @ bounds), priced - np.repeat(least, sizes))
+    return Relaxation(float(least.sum() - multipliers @ bounds), priced - np.repeat(least, sizes), multipliers)
 
 
 def _cheapest(reduced: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -13,8 +13,11 @@ from fxcompress.core.budget import Budget
 from fxcompress.core.plan import Plan
 from fxcompress.core.show import show
 from fxcompress.cost_model.device import DeviceProfile
+from fxcompress.evaluation import evaluate, read_task
+from fxcompress.exporting import export_program
 from fxcompress.lowering import lower
 from fxcompress.module_mode import apply
+from fxcompress.onnx_export import export_onnx
 from fxcompress.profiling import profile
 from fxcompress.report import Report
 from fxcompress.restructuring import restructure
@@ -24,6 +27,6 @@ with contextlib.suppress(ImportError):  # without transformers, or with one too 
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "DeviceProfile", "Plan", "Report", "apply", "compile", "load", "lottery", "lower", "profile",
-    "restructure", "save", "show",
+    "Budget", "DeviceProfile", "Plan", "Report", "apply", "compile", "evaluate", "export_onnx", "export_program",
+    "load", "lottery", "lower", "profile", "read_task", "restructure", "save", "show",
 ]  # fmt: skip

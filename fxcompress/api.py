@@ -40,6 +40,7 @@ from fxcompress.passes import REWRITES
 from fxcompress.passes.latency import Pricing, priced
 from fxcompress.passes.propose import propose
 from fxcompress.passes.unit_groups import find_roles, take_roles, unit_ties
+from fxcompress.read_back import ReadsBack
 
 log = logging.getLogger("fxcompress")
 
@@ -264,7 +265,8 @@ def observe(
 
 def _refuse_compressed(model: nn.Module) -> None:
     """Raises `CaptureError` where weights are compressed already: what is left would be taken for the whole."""
-    leaf = next((f"{path} is kept as {m.spec}" for path, m in model.named_modules() if isinstance(m, Compressed)), None)
+    held = ((path, m) for path, m in model.named_modules() if isinstance(m, Compressed | ReadsBack))
+    leaf = next((f"{path} is a {type(m).__name__}" for path, m in held), None)
     if leaf is None and isinstance(model, SignedModule) and "plan" in model.meta:
         leaf = "this is what compile or load returned"
     if leaf is not None:

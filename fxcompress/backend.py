@@ -30,7 +30,7 @@ from fxcompress.core.plan import Plan
 from fxcompress.core.signature import SignedModule
 from fxcompress.dynamo_frame import Frame, inputs_of
 from fxcompress.dynamo_graph import rewritten
-from fxcompress.parts import Part, parts_of, weight_of
+from fxcompress.parts import Part, bias_beside, parts_of, weight_of
 
 OPTIONS = ("budget", "calibration", "warmup_batches", "plan", "lower", "rewrites", "example_inputs", "progress")
 LOWER = ("inductor", "eager")
@@ -74,7 +74,7 @@ def fxcompress(
                 "compile the model itself, or give calibration."
             )
         return Warming(session, gm, new[0], None if frame.is_resumed else inputs_of(gm, new[0]))
-    work = rewritten(gm, inputs, session.part_of)
+    work = rewritten(gm, inputs, session.part_of, session.beside)
     lowered = compile_fx(work, list(inputs)) if session.lower == "inductor" else work.forward
     assert callable(lowered)
     return lowered
@@ -86,7 +86,8 @@ class Session:
 
     options: Mapping[str, Any]  # held, so that its id stays its own
     seen: MutableMapping[Tensor, bool] = field(default_factory=WeakTensorKeyDictionary)  # parameters
-    part_of: MutableMapping[Tensor, Part] = field(default_factory=WeakTensorKeyDictionary)
+    part_of: MutableMapping[Tensor, Part] = field(default_factory=WeakTensorKeyDictionary)  # by weight
+    beside: MutableMapping[Tensor, Part] = field(default_factory=WeakTensorKeyDictionary)  # by the bias it corrects
     calls: list[dict[str, Tensor]] = field(default_factory=list)  # that warm it up
 
     @classmethod
@@ -127,8 +128,11 @@ class Session:
         with _apart():
             parts = self._parts(model, call)
         for part in parts:
-            weight = weight_of(model, part)
-            self.part_of[weight] = replace(part, tensors={k: t.to(weight.device) for k, t in part.tensors.items()})
+            weight, bias = weight_of(model, part), bias_beside(model, part)
+            here = replace(part, tensors={name: t.to(weight.device) for name, t in part.tensors.items()})
+            self.part_of[weight] = here
+            if bias is not None:
+                self.beside[bias] = here
         self.seen.update(dict.fromkeys(model.parameters(), True))
 
     def _parts(self, model: nn.Module, call: dict[str, Any] | None) -> list[Part]:
@@ -173,7 +177,7 @@ class Warming:
         if self.lowered is None:
             if any(p not in self.session.seen for p in self.model.parameters()):
                 self.session.learn(self.model, None)
-            work = rewritten(self.gm, inputs, self.session.part_of)
+            work = rewritten(self.gm, inputs, self.session.part_of, self.session.beside)
             sized = any(isinstance(value, int) for value in inputs)  # Dynamo guards every other size
             inductor = self.session.lower == "inductor"
             self.lowered = torch.compile(work, dynamic=sized) if inductor else work.forward

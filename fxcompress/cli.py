@@ -6,6 +6,8 @@
     fxcompress plan ./my-bert --budget 4x --latency 2x --workload query=1x16 index=32x128:0.1
     fxcompress inspect ./my-bert-4x
     fxcompress inspect ./my-bert-4x --cost --at s0=8,s1=128
+    fxcompress eval ./my-bert-4x --original ./my-bert --task sts.tsv
+    fxcompress export ./my-bert-4x --onnx my-bert-4x.onnx
     fxcompress kernels --arch 90
     fxcompress tune ./my-bert-4x
     fxcompress profile
@@ -22,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from fxcompress import __version__, profiling
+from fxcompress import __version__, cli_export, profiling
 from fxcompress.api import compile, plan_only
 from fxcompress.checkpoint import load, save
 from fxcompress.codegen.costs import cost_of
@@ -32,6 +34,7 @@ from fxcompress.core.errors import FxcompressError, InputError, KernelError
 from fxcompress.core.new_folder import refuse_existing
 from fxcompress.core.plan import Plan
 from fxcompress.core.workload import parse_workload
+from fxcompress.evaluation import command as evaluation
 from fxcompress.hf import batches_of, load_model, save_model
 from fxcompress.module_mode import apply
 
@@ -115,6 +118,11 @@ def _inspect(options: argparse.Namespace) -> None:
         )
         return
     _print(options, {"plan": plan.to_json(), "report": report.to_json()}, f"{plan}\n\n{report}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    found = evaluation.run(options)
+    _print(options, found.to_json(), str(found))
 
 
 def _budget(options: argparse.Namespace) -> Budget:
@@ -240,6 +248,8 @@ def _parser() -> argparse.ArgumentParser:
     compress = command("compress", _compress, "compress a Hugging Face model folder")
     plan = command("plan", _plan, "choose the rewrites for a budget and print them; write no model")
     inspect = command("inspect", _inspect, "print the plan and the report of a compressed folder")
+    evaluation.add_arguments(command("eval", _eval, "measure a folder on labelled lines or text, beside the original"))
+    cli_export.add(command)
     kernels = command("kernels", _kernels, "compile every kind of Triton kernel for a GPU that need not be here")
     kernels.add_argument("--arch", type=int, default=90, help="compute capability, 90 for sm_90 (default)")
     tune = command("tune", _tune, "measure launch configs for a compressed folder on this GPU, once and for all")

@@ -48,10 +48,11 @@ class Frame:
     def call_of(self, model: nn.Module) -> dict[str, Tensor] | None:
         """The tensors `model` is called with, by the names of its forward, where this is its call."""
         values, names, code = self.names["L"], self.code.co_varnames, self.code
-        if not names or values.get(names[0]) is not model:
+        wrapped = code.co_freevars == ("fn",) and values.get("fn") is model  # how Dynamo calls torch.nn's own classes
+        if not wrapped and (not names or values.get(names[0]) is not model):
             return None
         at = code.co_argcount + code.co_kwonlyargcount
-        given = {name: values.get(name) for name in names[1:at]}
+        given = {name: values.get(name) for name in names[not wrapped : at]}
         if code.co_flags & inspect.CO_VARARGS:
             given.update(zip(inspect.signature(model.forward).parameters, values[names[at]]))
             at += 1

@@ -63,6 +63,18 @@ def _modules_of(folder: Path) -> list[str]:
     return [name for name in paths if name and name == Path(name).name and (folder / name).is_dir()]
 
 
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """The tokenizer in a folder, from local files only. Raises `CaptureError` where there is none."""
+    try:
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"transformers finds no tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+    # NOTE: for a folder with a config.json and no tokenizer transformers makes one that knows special tokens alone.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise CaptureError(f"{folder} holds no tokenizer: no vocabulary was found. Save one with save_pretrained.")
+    return tokenizer
+
+
 def batches_of(
     folder: str | os.PathLike[str], model: nn.Module, texts: Path, limit: int, batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
@@ -72,15 +84,10 @@ def batches_of(
     lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
     if not lines:
         raise CalibrationError(f"calibration file {texts} holds no text; give one example a line.")
-    try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"{folder} holds no tokenizer for the calibration texts: {str(error).splitlines()[0]}"
-        ) from error
+    tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    takes = _inputs_of(model)
+    takes = inputs_of(model)
     return [
         {
             k: v
@@ -91,7 +98,7 @@ def batches_of(
     ]
 
 
-def _inputs_of(model: nn.Module) -> set[str]:
+def inputs_of(model: nn.Module) -> set[str]:
     """What captured graphs of this model take; token_type_ids only where the config has segments."""
     config: Any = model.config
     return {"input_ids", "attention_mask"} | ({"token_type_ids"} if getattr(config, "type_vocab_size", 0) else set())

@@ -12,6 +12,7 @@ the registration, as transformers wants it; it needs the extra `fxcompress[hf]`.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -87,7 +87,8 @@ class FxcompressQuantizer(HfQuantizer):
         self._waiting = hollowed(model, self._leaves)
         for path in self._leaves:
             model.get_submodule(path)._is_hf_initialized = True  # or its weight would be drawn at random
-        weights = {f"{path}.weight" for path in self._leaves}
+        kept = {path: leaf.get("read_back", ["weight"]) for path, leaf in self._leaves.items()}
+        weights = {f"{path}.{name}" for path, names in kept.items() for name in names}
         ties = model.all_tied_weights_keys
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if a not in weights and b not in weights}
         return model
@@ -107,6 +108,7 @@ class FxcompressQuantizer(HfQuantizer):
         leaves = describe(model)
         dtype = str(model.dtype).removeprefix("torch.")
         model.config.quantization_config = FxcompressConfig(leaves, dtype)
+        model._weight_conversions = []  # or tensors are renamed, or split by expert, as dense ones once were
         second = {path for path, leaf in leaves.items() if "same_as" in leaf}
         dropped = {f"{path}.{name}" for path in second for name in model.get_submodule(path).tensors}
         return {name: t for name, t in model.state_dict().items() if name not in dropped}, {}
@@ -128,8 +130,9 @@ class FxcompressQuantizer(HfQuantizer):
 
 def adopt(model: nn.Module) -> None:
     """Let every transformers model within `model` be saved with its compressed leaves."""
+    modeling = sys.modules.get("transformers.modeling_utils")  # half a second to import, and without it there is none
     for part in model.modules():
-        if isinstance(part, PreTrainedModel):
+        if modeling is not None and isinstance(part, modeling.PreTrainedModel):
             part.hf_quantizer = FxcompressQuantizer(FxcompressConfig({}))
             part.is_quantized, part.quantization_method = True, METHOD
 

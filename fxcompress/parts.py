@@ -51,12 +51,22 @@ def weight_of(model: nn.Module, part: Part) -> nn.Parameter:
             f"the plan was made for another model: it says {part.recipe} at {part.site}, and {type(model).__name__} "
             "has no such weight."
         )
-    if {*weight.flatten(1).shape} != {part.rows, part.columns}:
+    sizes = {part.rows, part.columns}
+    if sizes not in ({*weight.flatten(1).shape}, {*weight.flatten(0, -2).shape}):  # the latter of stacked experts
         raise PlanError(
             f"the plan was made for another model: {part.site} is {part.rows} x {part.columns} in the plan and "
             f"{' x '.join(map(str, weight.shape))} here."
         )
     return weight
+
+
+def bias_beside(model: nn.Module, part: Part) -> nn.Parameter | None:
+    """The parameter that the part's "bias" takes the place of; None where it has none, or nothing is named so."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    path = f"{part.site}.weight" if f"{part.site}.weight" in parameters else part.site
+    owner, _, leaf = path.rpartition(".")
+    bias = parameters.get(f"{owner}.{leaf.replace('weight', 'bias')}".lstrip("."))
+    return None if "bias" not in part.tensors or bias is parameters.get(path) else bias
 
 
 def _part(compiled: SignedModule, info: SiteInfo, recipe: Recipe) -> Part:

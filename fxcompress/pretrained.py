@@ -7,6 +7,7 @@
     }
 
 Reading it executes nothing: a rewrite is parsed, sizes are checked, and tensors are made on meta for a loader to fill.
+A module that reads weights back (fxcompress.read_back) has such an entry for each: {"read_back": {"in_proj": ...}}.
 Leaves of the same content, such as a table and the head tied to it, name the first: {"same_as": "embed_tokens"}.
 """
 
@@ -24,6 +25,7 @@ from fxcompress.core.errors import CheckpointError, FxcompressError
 from fxcompress.leaves import Compressed, hollow, native_of, swap
 from fxcompress.passes import REWRITES
 from fxcompress.passes.recipe import parse
+from fxcompress.read_back import Reader, ReadsBack, install
 
 DTYPES = {str(t).removeprefix("torch."): t for t in vars(torch).values() if isinstance(t, torch.dtype)}
 
@@ -41,7 +43,18 @@ def describe(model: nn.Module) -> dict[str, Any]:
             first[key] = path
             sizes = {name: _type_of(tensor) for name, tensor in leaf.tensors.items()}
             found[path] = {"rewrite": leaf.spec, "tensors": sizes, "sha256": key[1]}
+        elif isinstance(leaf, ReadsBack):
+            found[path] = {"read_back": {name: _entry(leaf, name, reader) for name, reader in leaf.readers.items()}}
     return found
+
+
+def _entry(module: ReadsBack, name: str, reader: Reader) -> dict[str, Any]:
+    tensors = {key: getattr(module, f"{name}_{key}") for key in reader.names}
+    sizes = {key: _type_of(tensor) for key, tensor in tensors.items()}
+    matrix = f"{reader.rows}x{reader.columns}"
+    return {
+        "rewrite": reader.spec, "matrix": matrix, "turned": reader.turned, "tensors": sizes, "sha256": _hash(tensors),
+    }  # fmt: skip
 
 
 def hollowed(model: nn.Module, told: Mapping[str, Any]) -> dict[str, nn.Parameter]:
@@ -52,6 +65,9 @@ def hollowed(model: nn.Module, told: Mapping[str, Any]) -> dict[str, nn.Paramete
     """
     waiting: dict[str, nn.Parameter] = {}
     for path, leaf in told.items():
+        if "read_back" in leaf:
+            _hollow_read_back(model, path, leaf["read_back"])
+            continue
         module = _module(model, path)
         if isinstance(module, Compressed):
             continue  # the same module at a second path
@@ -71,6 +87,24 @@ def hollowed(model: nn.Module, told: Mapping[str, Any]) -> dict[str, nn.Paramete
     return waiting
 
 
+def _hollow_read_back(model: nn.Module, path: str, told: Mapping[str, Any]) -> None:
+    try:
+        module = model.get_submodule(path)
+        for name, entry in told.items():
+            weight, (rows, columns) = module._parameters[name], map(int, entry["matrix"].split("x"))
+            assert weight is not None
+            reader = Reader(entry["rewrite"], rows, columns, tuple(weight.shape), entry["turned"] is True, weight.dtype)
+            install(module, name, reader, {str(key): _empty(text) for key, text in entry["tensors"].items()})
+            if rows * columns != weight.numel():
+                raise ValueError(f"a matrix of {entry['matrix']} is no weight of {tuple(weight.shape)}")
+    except (FxcompressError, LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"the folder says what {path} reads back, which does not fit {type(model).__name__} "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): config.json is damaged, or of "
+            "another model."
+        ) from error
+
+
 def share(model: nn.Module, told: Mapping[str, Any], waiting: Mapping[str, nn.Parameter]) -> None:
     """Give each leaf of `waiting`, which `hollowed` returned, the tensors of the leaf that it names."""
     for path, weight in waiting.items():
@@ -83,11 +117,17 @@ def share(model: nn.Module, told: Mapping[str, Any], waiting: Mapping[str, nn.Pa
 def verify(model: nn.Module, told: Mapping[str, Any]) -> None:
     """Raises `CheckpointError` where a leaf of `model` holds other tensors than were described."""
     for path, leaf in told.items():
-        module = model.get_submodule(path)
-        if "sha256" not in leaf or not isinstance(module, Compressed):
+        if "same_as" in leaf:
             continue
-        offloaded = any(tensor.is_meta for tensor in module.tensors.values())
-        if not offloaded and digest(module) != leaf["sha256"]:
+        module = model.get_submodule(path)
+        assert isinstance(module, Compressed | ReadsBack)
+        if any(tensor.is_meta for tensor in module.tensors.values()):
+            continue  # offloaded
+        if isinstance(module, ReadsBack):
+            same = describe(module)[""]["read_back"] == leaf["read_back"]
+        else:
+            same = digest(module) == leaf["sha256"]
+        if not same:
             raise CheckpointError(
                 f"the tensors of {path} are not those that were saved (SHA-256 differs): a file of the folder is "
                 "damaged, incomplete or of another model; restore it."
@@ -96,8 +136,12 @@ def verify(model: nn.Module, told: Mapping[str, Any]) -> None:
 
 def digest(leaf: Compressed) -> str:
     """SHA-256 of its tensors, wherever they are; the bias is not one of them."""
+    return _hash(leaf.tensors)
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
     content = hashlib.sha256()
-    for name, tensor in sorted(leaf.tensors.items()):
+    for name, tensor in sorted(tensors.items()):
         content.update(f"{name} {_type_of(tensor)}".encode())
         content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()

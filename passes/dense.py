@@ -1,6 +1,6 @@
 """W as one matrix: the product stays what it is, and only how the matrix is kept can change.
 
-    y = x W^T + b     stays     y = x W'^T + b          a convolution stays the same convolution
+    y = x W^T + b     stays     y = x W'^T + b          a convolution stays the same convolution, and so do experts
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from torch import Tensor, fx
 
 from fxcompress.core.convolution import convolve
 from fxcompress.core.cost import Cost
+from fxcompress.core.experts import EXPERTS
 from fxcompress.core.metric import rounding_metric
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, use_cost
+
+_unflatten = torch.ops.aten.unflatten.int
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Dense(Structure):
 
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = ""
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "tied", "convolution", "experts")
 
     @classmethod
     def refuses(cls, site: Site) -> str | None:
@@ -49,6 +52,10 @@ class Dense(Structure):
             return operands["weight"].lookup(use.x)
         if use.window is not None:
             return convolve(graph, use.node, use.window, operands["weight"].read(), bias)
+        if use.kind == "experts":
+            x, _, offs = use.node.args
+            stacked = graph.call_function(_unflatten, (operands["weight"].read(), 0, [use.experts, -1]))
+            return graph.call_function(EXPERTS, (x, stacked, offs))
         args = (use.x, operands["weight"].read())
         return graph.call_function(torch.ops.aten.linear.default, (*args, bias) if bias is not None else args)
 

@@ -107,8 +107,9 @@ class Curvature(NamedTuple):
 
 def curvature(metric: Metric) -> Curvature:
     """Factor G once for every pattern: G = R R^T with R upper, so U = R^-1."""
-    g = rounding.damped_of(metric)
-    u = _inverted(rounding.upper(g))
+    assert metric.columns is not None
+    g, r = rounding.factored(metric, torch.arange(len(metric.columns)))
+    u = _inverted(r)
     return Curvature(g.float(), u.float(), u.square().sum(0).float())
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from fxcompress.core.ahead import ahead
 from fxcompress.core.budget import Budget
-from fxcompress.core.calibrate import Calibration, Call, thinned
+from fxcompress.core.calibrate import Calibration, Call, is_divisible, thinned
 from fxcompress.core.metric import local_error
 from fxcompress.core.plan import Candidate
 from fxcompress.core.rewrite import Rewrite, Storage, Structure
@@ -165,7 +165,7 @@ def probed(gm: SignedModule, sites: Sequence[Site], calibration: Calibration) ->
     calls = calibration.held_out
     sizes = [gm.signature.symbols(*call) for call in calls]
     flops = sum(flops_of(Recipe(), site, each) for each in sizes for site in sites)
-    return thinned(calls, PROBE_FLOPS / max(flops, 1.0))
+    return thinned(calls, PROBE_FLOPS / max(flops, 1.0), whole=not is_divisible(gm))
 
 
 def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:

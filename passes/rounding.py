@@ -49,27 +49,33 @@ class Curvature(NamedTuple):
     order: Tensor
 
 
-def damped_of(metric: Metric) -> Tensor:
-    """G + DAMPING mean(diag G), in a unit that makes its mean diagonal 1 and float32 keep it; float64."""
+def factored(metric: Metric, order: Tensor) -> tuple[Tensor, Tensor]:
+    """G damped, (columns, columns) float64 in a unit that makes its mean diagonal 1 and float32 keep it, and the upper
+    triangular R of R R^T = G[order][:, order].
+
+    R^T D is what is left of an error D once the columns behind have made up for those before, as far as they can.
+    """
     assert metric.columns is not None
     g: Tensor = metric.columns.clone()
-    g.diagonal().add_(DAMPING * g.diagonal().mean() + torch.finfo(g.dtype).tiny ** 0.5)
-    g /= g.diagonal().mean()
-    return g
-
-
-def upper(g: Tensor) -> Tensor:
-    """R of G = R R^T, upper triangular: R^T D is what is left of an error D once the columns behind have made up for
-    those before, as far as they can."""
-    found: Tensor = torch.linalg.cholesky(g.flip(0, 1)).flip(0, 1)
-    return found
+    level = DAMPING * g.diagonal().mean().clamp_min(0) + torch.finfo(g.dtype).tiny ** 0.5
+    backwards = order.flip(0)
+    while True:
+        g.diagonal().add_(level)
+        lower, info = torch.linalg.cholesky_ex(g[backwards][:, backwards])
+        if not int(info):
+            break
+        # Moments are summed in float32: of inputs that never vary, or are too faint for their squares, what is left is
+        # rounding, and can be far from positive definite.
+        level *= 10
+    unit = g.diagonal().mean()
+    return g.div_(unit), lower.flip(0, 1).div_(unit.sqrt())
 
 
 def curvature(metric: Metric) -> Curvature:
     """Factor G once for all bit widths and group sizes."""
-    g = damped_of(metric)
-    order = torch.argsort(g.diagonal(), descending=True, stable=True)
-    r = upper(g[order][:, order])
+    assert metric.columns is not None
+    order = torch.argsort(metric.columns.diagonal(), descending=True, stable=True)
+    g, r = factored(metric, order)
     return Curvature(g.float(), r.div_(r.diagonal().clone()).float(), order)
 
 

@@ -393,3 +393,39 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_runs(value):
         model[2].weight[3, 4] = value
     with pytest.raises(NonFiniteError, match=r"weight '2\.weight' holds 1 NaN or infinite of 256 values"):
         fxcompress.compile(model, "2x", calibration=[torch.randn(8, 8)], progress=False)
+
+
+def test_batches_of_a_graph_for_one_number_of_examples_stay_whole():
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(64, 96)
+
+        def forward(self, x):
+            return torch.cat([row.relu() for row in self.up(x)])  # as many rows as the example had
+
+    seen = [torch.randn(4, 6, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    gm = capture(Listed().eval(), (seen[0],))
+    assert isinstance(gm.signature.slots[0].dims[0], int)
+    known = calibrate(gm, find_sites(gm), seen, progress=False)
+    assert [len(call[0][0]) for call in known.held_out] == [4, 4]  # every fourth batch
+    assert known.moments[find_sites(gm)[0].uses[0].key].count == 6 * 4 * 6
+
+
+def test_a_lookup_that_is_written_into_has_gradients():
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(64, 16), nn.Linear(16, 8)
+
+        def forward(self, ids):
+            x = self.table(ids)
+            x += 1.0
+            return self.head(x)
+
+    ids = torch.arange(32).reshape(4, 8)
+    gm = capture(Shifted().eval(), (ids,))
+    sites = find_sites(gm)
+    known = calibrate(gm, sites, [ids], progress=False)
+    metric = known.statistics(next(site for site in sites if site.kind == "embedding")).column_metric
+    assert float(metric.trace()) > 0

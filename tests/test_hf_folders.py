@@ -18,6 +18,7 @@ from benchmarks.models import data as readers
 from benchmarks.models import minilm, stories
 from fxcompress.core.errors import CaptureError, CheckpointError
 from fxcompress.leaves import Compressed
+from fxcompress.read_back import ReadsBack
 from tests.test_module_mode import IDS, Net, compiled_or_smaller
 
 WIDE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
@@ -32,6 +33,13 @@ def llama(dtype=torch.float32):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True, use_cache=False)
     return transformers.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def mixtral():
+    """Its experts are stacked weights, which no linear module owns."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, use_cache=False)
+    return transformers.MixtralForCausalLM(config).eval()
 
 
 def bert():
@@ -99,7 +107,7 @@ def saved(tmp_path_factory):
     return model, folder
 
 
-@pytest.mark.parametrize("make", [llama, bert, t5, gpt2, vit], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [llama, mixtral, bert, t5, gpt2, vit], ids=lambda make: make.__name__)
 def test_a_loaded_model_has_the_same_bits_and_is_saved_again_as_it_was(make, tmp_path):
     model = small(make())
     model.save_pretrained(tmp_path / "a")
@@ -107,7 +115,8 @@ def test_a_loaded_model_has_the_same_bits_and_is_saved_again_as_it_was(make, tmp
     assert not any(told.values())  # nothing missing, unexpected or mismatched
     assert torch.equal(logits(loaded), logits(model))
     leaves = {name: m.spec for name, m in model.named_modules() if isinstance(m, Compressed)}
-    assert len(leaves) > 5
+    assert len(leaves) > 2
+    assert any(isinstance(m, ReadsBack) for m in loaded.modules()) == (make is mixtral)
     assert {name: m.spec for name, m in loaded.named_modules() if isinstance(m, Compressed)} == leaves
     loaded.save_pretrained(tmp_path / "b")
     for name in ("model.safetensors", "config.json"):
@@ -282,6 +291,26 @@ def test_a_damaged_or_cut_file_is_refused_in_a_sentence(copy_of, saved):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda t: t.update(matrix="7x3"), r"what model.layers.0.mlp.experts reads back, which does not fit Mixtr"),
+        (lambda t: t.update(rewrite="zip"), r"reads back, which does not fit MixtralForCausalLM \(.*zip"),
+        (lambda t: t.update(sha256="0"), r"the tensors of model.layers.0.mlp.experts are not those that were saved"),
+    ],
+)
+def test_damaged_experts_are_refused(edit, text, tmp_path):
+    base = mixtral()
+    compiled = fxcompress.compile(base, "3x", example_inputs=inputs_of(base), rewrites=["quantize"], progress=False)
+    fxcompress.apply(base, compiled).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    told = config["quantization_config"]["leaves"]["model.layers.0.mlp.experts"]["read_back"]
+    edit(next(iter(told.values())))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=text):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_sizes_that_differ_from_the_files_are_refused_by_name(copy_of, caplog):
     folder = copy_of(lambda told: first_leaf(told)["tensors"].update(codes="uint8 3x3"))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -299,7 +328,7 @@ def test_from_pretrained_does_not_pretend_to_compress(tmp_path):
 def test_a_compressed_model_is_not_compressed_again(saved):
     model, folder = saved
     for twice in (model, AutoModelForCausalLM.from_pretrained(folder)):
-        with pytest.raises(CaptureError, match=r"compressed already \(model.embed_tokens is kept as quan.*give the"):
+        with pytest.raises(CaptureError, match=r"compressed already \(model.embed_tokens is a CompressedEmb.*give the"):
             fxcompress.compile(twice, "2x", example_inputs=inputs_of(twice), progress=False)
 
 

@@ -7,7 +7,8 @@
                                                   (`row_probabilities`)
                       M = E[g g^T]                g the gradient of the model's loss at the looked-up row, a few batches
 
-The last quarter of every batch (or every fourth batch, where batches hold fewer than four examples) is held out: it
+The last quarter of every batch (or every fourth batch, where batches hold fewer than four examples or the graph takes
+one number of them alone) is held out: it
 never enters H or p. Sensitivities are probed and predictions are checked on it. Padding, where an attention_mask says
 so, is left out of everything.
 """
@@ -155,9 +156,11 @@ def calibrate(
     observer = _Observer(gm, sites, result.moments, result.counts)
     total = len(batches) if isinstance(batches, Sized) else None
     gradient_batches: list[Call] = []
+    whole = not is_divisible(gm)
     for index, batch in enumerate(tqdm(batches, "calibrate", total, unit="batch", disable=not progress, leave=False)):
         call = bind_batch(gm, batch, index)
-        fit, held = _split(call, index, room=HELD_OUT_EXAMPLES - sum(_examples(c) for c in result.held_out))
+        room = HELD_OUT_EXAMPLES - sum(_examples(c) for c in result.held_out)
+        fit, held = _split(call, index, room, whole)
         if held is not None:
             result.held_out.append(held)
             result.examples += _examples(held)
@@ -243,7 +246,10 @@ class _Observer(fx.Interpreter):
 
 
 def multiplied(use: Use, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of x that the weight multiplies, padding left out."""
+    """The rows of x that the weight multiplies, padding left out but for experts, whose rows are in an order of their
+    own."""
+    if use.kind == "experts":
+        return x
     return unmasked(x, mask) if use.window is None else patches(use.window, x, mask)
 
 
@@ -323,7 +329,8 @@ class _LeafLookups(fx.Interpreter):
         if n.op == "get_attr":
             return value.detach()
         if n.name in self.names:
-            self.leaves[n.name] = value = value.detach().requires_grad_()
+            self.leaves[n.name] = value.detach().requires_grad_()
+            return self.leaves[n.name].clone()  # what follows may write into it, and must not write into a leaf
         return value
 
 
@@ -337,12 +344,17 @@ def _random_direction(y: Tensor, kind: str, generator: torch.Generator) -> Tenso
     return noise / norm.clamp_min(1e-30)
 
 
-def _split(call: Call, index: int, room: int) -> tuple[Call | None, Call | None]:
-    """-> (for the statistics, held out); either may be None."""
+def is_divisible(gm: SignedModule) -> bool:
+    """True if a batch may be cut: the graph was captured for any number of examples."""
+    return all(not isinstance(slot.dims[0], int) for slot in gm.signature.slots if slot.dims)
+
+
+def _split(call: Call, index: int, room: int, whole: bool) -> tuple[Call | None, Call | None]:
+    """-> (for the statistics, held out); either may be None. `whole`: one of them is, always."""
     count = _examples(call)
     if room <= 0:
         return call, None
-    if count < HELD_OUT_SHARE:
+    if count < HELD_OUT_SHARE or whole:
         return (None, call) if index % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 else (call, None)
     cut = count - min(room, count // HELD_OUT_SHARE)
     return _rows(call, slice(0, cut)), _rows(call, slice(cut, count))
@@ -359,11 +371,12 @@ def _rows(call: Call, rows: slice) -> Call:
     return cut
 
 
-def thinned(calls: Sequence[Call], share: float) -> list[Call]:
-    """About `share` of the examples: the first of every call, or of the calls where each is one example."""
+def thinned(calls: Sequence[Call], share: float, whole: bool = False) -> list[Call]:
+    """About `share` of the examples: the first of every call, or of the calls where each is one example or must stay
+    `whole`."""
     if share >= 1:
         return list(calls)
-    if all(_examples(call) == 1 for call in calls):
+    if whole or all(_examples(call) == 1 for call in calls):
         return list(calls[: math.ceil(share * len(calls))])
     return [_rows(call, slice(0, max(1, round(share * _examples(call))))) for call in calls]
 

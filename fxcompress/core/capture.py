@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.core.errors import CaptureError, InputError, NonFiniteError
+from fxcompress.core.experts import spell_out
 from fxcompress.core.modes import remember, switch
 from fxcompress.core.signature import Signature, SignedModule
 
@@ -137,6 +138,7 @@ def unlift(program: torch.export.ExportedProgram) -> SignedModule:
         warnings.simplefilter("ignore")
         exported = program.module(check_guards=False)
     gm = SignedModule(exported, exported.graph)
+    spell_out(gm.graph)
     for node in list(gm.graph.nodes):
         if node.target in _NOISE:
             gm.graph.erase_node(node)

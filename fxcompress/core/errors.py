@@ -51,6 +51,10 @@ class LoweringError(FxcompressError, ValueError):
     """A module that cannot be lowered, or a place it cannot be lowered to."""
 
 
+class ExportError(FxcompressError, ValueError):
+    """A module that another format cannot say, or a file that cannot be written."""
+
+
 class BackendError(FxcompressError, ValueError):
     """torch.compile asks the backend for what it does not do, or with options that mean nothing."""
 
@@ -61,3 +65,7 @@ class KernelError(FxcompressError):
 
 class ProfileError(FxcompressError, ValueError):
     """A profile of a device that is not whole, or of another device, number of threads or version."""
+
+
+class EvaluationError(FxcompressError, ValueError):
+    """A task that does not parse, or that a model cannot be measured on."""

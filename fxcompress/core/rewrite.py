@@ -77,6 +77,7 @@ _KINDS = {
     "embedding": "embedding tables",
     "tied": "a weight that is both looked up and multiplied",
     "convolution": "convolutions",
+    "experts": "experts",
 }
 
 

@@ -4,6 +4,8 @@
     convolution   y[t] = W p[t] + b    aten.conv1d, conv2d, conv3d, convolution; p[t] the patch at output position t
                                        (fxcompress.core.convolution)
     embedding     y = W[ids]           aten.embedding
+    experts       y[r] = W[e] x[r]     fxcompress.experts_linear; all experts are one matrix and one decision
+                                       (fxcompress.core.experts)
 
 A weight read by several nodes (tied embeddings, shared layers) is one site: one decision, one set of stored tensors.
 """
@@ -20,6 +22,7 @@ from torch import Tensor, fx
 
 from fxcompress.core.convolution import TARGETS, Window
 from fxcompress.core.cost import ZERO, Cost, linear_cost
+from fxcompress.core.experts import EXPERTS
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -30,16 +33,18 @@ _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.nu
 class Use:
     """One node that reads the weight. x and bias are read off the node each time: surgery may have replaced them."""
 
-    kind: Literal["linear", "embedding", "convolution"]
+    kind: Literal["linear", "embedding", "convolution", "experts"]
     node: fx.Node
     x_at: int  # position of x among the node's arguments
     bias_at: int | None = None
     window: Window | None = None  # of a convolution
+    experts: int = 1
     key: str = ""  # names its inputs for calibration: x as it was found, and the window; Q, K and V have one in common
 
     @property
     def x(self) -> fx.Node:
-        """(..., in) activations, (N, channels, *sizes) or (channels, *sizes) of a convolution, or (...) integer ids."""
+        """(..., in) activations, sorted by expert where there are experts, (N, channels, *sizes) or (channels, *sizes)
+        of a convolution, or (...) integer ids."""
         return self.node.args[self.x_at]  # type: ignore[return-value]
 
     @property
@@ -72,7 +77,7 @@ class Statistics:
 @dataclass(frozen=True, eq=False)
 class Site:
     """One weight (rows, columns): (out_features, in_features) of a linear, (vocabulary, features) of an embedding,
-    (out_channels, in_channels prod(kernel)) of a convolution.
+    (out_channels, in_channels prod(kernel)) of a convolution, (experts out_features, in_features) of experts.
     """
 
     name: str  # fully qualified name of the weight's owner, "encoder.layer.0.attention.self.query"
@@ -93,7 +98,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """linear, embedding, convolution, or tied (linear and embedding)."""
+        """linear, embedding, convolution, experts, or tied (linear and embedding)."""
         kinds = {use.kind for use in self.uses}
         return "tied" if len(kinds) > 1 else next(iter(kinds))
 
@@ -119,6 +124,8 @@ class Site:
         window = self.uses[0].window
         if window is not None:
             return weight.reshape(-1, window.channels, *window.kernel)
+        if self.kind == "experts":
+            return weight.reshape(self.uses[0].experts, -1, weight.shape[1])
         return weight.t() if self.transposed else weight
 
     def knowing(self, statistics: Statistics) -> Self:
@@ -142,6 +149,9 @@ def use_cost(use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int
     tokens = tokens_of(use)
     if use.kind == "linear":
         return linear_cost(tokens, rows, columns, weight_bytes, itemsize)
+    if use.kind == "experts":  # each row meets one expert
+        one = linear_cost(tokens, rows // use.experts, columns, weight_bytes, itemsize)
+        return Cost(one.flops, one.bytes, weight_bytes, one.launches)
     if use.kind == "convolution":  # patches overlap: x is read once, however often its values are multiplied
         traffic = (_count(use.x) + tokens * rows) * itemsize + weight_bytes
         return Cost(2 * tokens * rows * columns, traffic, weight_bytes)
@@ -153,7 +163,7 @@ def tokens_of(use: Use) -> sympy.Expr:
     """Rows of x (linear), output positions (convolution) or ids (embedding) in one forward, in the graph's symbols."""
     if use.window is not None:
         return _count(use.node, without=-1 - len(use.window.kernel))
-    return _count(use.x, without=-1 if use.kind == "linear" else None)
+    return _count(use.x, without=None if use.kind == "embedding" else -1)
 
 
 def _count(node: fx.Node, without: int | None = None) -> sympy.Expr:
@@ -180,7 +190,8 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             continue
         read, transposed, use = match
         tensor = attribute(gm, str(read.target))
-        if (tensor.dim() == 2 or use.window) and tensor.is_floating_point() and id(tensor) in paths:
+        shaped = tensor.dim() == 2 or use.kind in ("convolution", "experts")
+        if shaped and tensor.is_floating_point() and id(tensor) in paths:
             found.setdefault(id(tensor), []).append((read, tensor, transposed, use))
     sites = []
     for key, reads in found.items():
@@ -191,9 +202,14 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             continue
         tensor, transposed = reads[0][1].detach(), reads[0][2]
         name = min(paths[key], key=lambda p: (p != str(reads[0][0].target), p)).removesuffix(".weight")
-        weight = tensor.t() if transposed else tensor.flatten(1)
+        weight = tensor.t() if transposed else _matrix(tensor, reads[0][3])
         sites.append(Site(name, tuple(paths[key]), weight, tuple(use for _, _, _, use in reads), transposed))
     return sites
+
+
+def _matrix(tensor: Tensor, use: Use) -> Tensor:
+    """(rows, columns)"""
+    return tensor.flatten(0, 1) if use.kind == "experts" else tensor.flatten(1)
 
 
 def _readers(gm: fx.GraphModule, paths: list[str]) -> set[fx.Node]:
@@ -231,6 +247,8 @@ def _match(node: fx.Node) -> tuple[fx.Node, bool, Use] | None:
         return _read(args[2], True, Use("linear", node, 1, 0))
     if node.target in (aten.mm.default, aten.matmul.default):
         return _read(args[1], True, Use("linear", node, 0))
+    if node.target is EXPERTS and isinstance(args[1], fx.Node):
+        return _read(args[1], False, Use("experts", node, 0, experts=_value(args[1]).shape[0]))
     if node.target in TARGETS and isinstance(args[1], fx.Node):
         window = Window.of(node, _value(args[1]).shape)
         return None if window is None else _read(args[1], False, Use("convolution", node, 0, 2, window))
