@@ -110,7 +110,7 @@ def curvature(metric: Metric) -> Curvature:
     assert metric.columns is not None
     g, r = rounding.factored(metric, torch.arange(len(metric.columns)))
     u = _inverted(r)
-    return Curvature(g.float(), u.float(), u.square().sum(0).float())
+    return Curvature(g, u, u.square().sum(0))
 
 
 def _inverted(r: Tensor) -> Tensor:

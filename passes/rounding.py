@@ -50,25 +50,25 @@ class Curvature(NamedTuple):
 
 
 def factored(metric: Metric, order: Tensor) -> tuple[Tensor, Tensor]:
-    """G damped, (columns, columns) float64 in a unit that makes its mean diagonal 1 and float32 keep it, and the upper
-    triangular R of R R^T = G[order][:, order].
+    """G damped, (columns, columns) in a unit that makes its mean diagonal 1, and the upper triangular R of
+    R R^T = G[order][:, order]; float32.
 
     R^T D is what is left of an error D once the columns behind have made up for those before, as far as they can.
+    Single precision does: an element of R R^T is wrong by a share of sqrt(G_jj G_kk), whatever the other columns hold.
     """
     assert metric.columns is not None
-    g: Tensor = metric.columns.clone()
-    level = DAMPING * g.diagonal().mean().clamp_min(0) + torch.finfo(g.dtype).tiny ** 0.5
+    mean = metric.columns.diagonal().abs().mean()
+    level = DAMPING * mean + torch.finfo(torch.float64).tiny ** 0.5
     backwards = order.flip(0)
     while True:
-        g.diagonal().add_(level)
+        g = (metric.columns / (mean + level)).float()
+        g.diagonal().add_(level / (mean + level))
         lower, info = torch.linalg.cholesky_ex(g[backwards][:, backwards])
         if not int(info):
-            break
+            return g, lower.flip(0, 1)
         # Moments are summed in float32: of inputs that never vary, or are too faint for their squares, what is left is
         # rounding, and can be far from positive definite.
         level *= 10
-    unit = g.diagonal().mean()
-    return g.div_(unit), lower.flip(0, 1).div_(unit.sqrt())
 
 
 def curvature(metric: Metric) -> Curvature:
@@ -76,7 +76,7 @@ def curvature(metric: Metric) -> Curvature:
     assert metric.columns is not None
     order = torch.argsort(metric.columns.diagonal(), descending=True, stable=True)
     g, r = factored(metric, order)
-    return Curvature(g.float(), r.div_(r.diagonal().clone()).float(), order)
+    return Curvature(g, r.div_(r.diagonal().clone()), order)
 
 
 def fit(x: Tensor, bits: int, group: int, importance: Tensor | None, lattice: Lattice = PLAIN) -> Grid:

@@ -17,6 +17,7 @@ import torch
 T = TypeVar("T")
 
 AT_ONCE = 2  # each holds matrices as large as its weight's metric: four of 3072 inputs would be over 1 GB
+IN_HAND = 6  # begun or done before they are asked for: a large weight takes as long as the five after it
 
 
 def ahead(tasks: Iterable[Callable[[], T]]) -> Generator[T]:
@@ -41,7 +42,7 @@ def ahead(tasks: Iterable[Callable[[], T]]) -> Generator[T]:
             try:
                 for task in tasks:
                     waiting.append(pool.submit(run, task))
-                    if len(waiting) > AT_ONCE:
+                    if len(waiting) >= IN_HAND:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
