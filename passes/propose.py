@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,7 @@ from fxcompress.passes.unit_groups import agreed, unit_ties
 FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
 FASTER = 0.9  # of the seconds of a stored dense weight: less is within what a profile is good for
 MADE_EACH = 2**16  # weights of a site, up to which every recipe that is priced is made, and every family probed
+AT_HAND = 2**23  # weights of a site, above which probes are made one by one: those of a vocabulary are large
 PROBE_FLOPS = 4e10  # MiniLM's 32 held-out sentences take half of it
 MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth: a structure that loses more answers no budget
 
@@ -70,12 +71,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Tried:
-    """A site with everything that is known before the model is asked."""
+    """All that is known of a site before the model is asked; not its statistics, which are large."""
 
-    site: Site
+    site: str
     trials: list[Trial]
     refused: list[tuple[str, str]]  # (rewrite, why)
-    probes: list[Probe]
+    probes: Iterable[Probe]
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ def propose(
     with closing(ahead(tasks)) as found:
         for name in tqdm(by_name, "propose", unit="site", disable=not progress, leave=False):
             if name not in tried:
-                tried.update({one.site.name: one for one in next(found)})
-            one = tried.pop(name)
-            site, kappas = one.site, {p.family: _kappa(prober, one.site, p) for p in one.probes}
+                tried.update({one.site: one for one in next(found)})
+            site, one = by_name[name], tried.pop(name)
+            kappas = {p.family: _kappa(prober, site, p) for p in one.probes}
             candidates.append(_candidate(site, Recipe(), 0.0, 0.0, sizes))
             for trial in one.trials:
                 storage, family = trial.recipe.storage, _family(site, trial.recipe.structure)
@@ -138,10 +139,16 @@ def _tried(
 ) -> list[Tried]:
     """Some tied sites, with all that is known of each but how the model minds it."""
     made = trials_of([calibration.informed(site) for site in sites], rewrites, budget, named, pricing)
-    found = [Tried(site, trials, refused, _probes(site, trials)) for site, trials, refused in made]
-    for one in found:
-        one.site.forget()
-    return found
+    return [Tried(s.name, trials, refused, _at_hand(s, _probes(s, trials))) for s, trials, refused in made]
+
+
+def _at_hand(site: Site, probes: Iterator[Probe]) -> Iterable[Probe]:
+    """`probes`, made here and now where they are not too large to be kept."""
+    if site.weight.numel() > AT_HAND:
+        return probes
+    made = [*probes]
+    site.forget()
+    return made
 
 
 def trials_of(
@@ -355,7 +362,7 @@ def _refused(
     return why is not None
 
 
-def _probes(site: Site, trials: Sequence[Trial]) -> list[Probe]:
+def _probes(site: Site, trials: Sequence[Trial]) -> Iterator[Probe]:
     """One of each family: a storage's on a dense weight, a structure's of the structure alone.
 
     Row tiers have their own: they spare the rows the model reads. Plain 8 bits priced by them made MiniLM at 2x
@@ -368,15 +375,13 @@ def _probes(site: Site, trials: Sequence[Trial]) -> list[Probe]:
             families.setdefault(_family(site, structure), []).append(trial)
         elif storage is not None:
             families.setdefault(storage.name, []).append(trial)
-    probes = []
     for family, mine in families.items():
         typical = _typical(mine)
         if typical.structure_error > 0.0:
             weight = Recipe(typical.recipe.structure).make(site).weight
         else:
             weight = _stored(site, typical.recipe)
-        probes.append(Probe(family, weight, bias_of(site, weight), local_error(site, weight)))
-    return probes
+        yield Probe(family, weight, bias_of(site, weight), local_error(site, weight))
 
 
 def _kappa(prober: Prober, site: Site, probe: Probe) -> float:
