@@ -138,13 +138,15 @@ def _rewrite(
     recipes = {choice.site: parse(choice.spec, REWRITES) for choice in plan.choices}
     cut_between(work, sites, recipes)
     reports, seen = [], seen.begun()
+    chosen = [c.site for c in plan.choices if c.spec != KEEP]
+    settled = seen.all_settled([(sites[name], recipes[name]) for name in chosen])
     for choice in plan.choices:
         site = sites[choice.site]
         if choice.spec == KEEP:
             reports.append(SiteReport(site.name, KEEP, choice.bytes, site.dense_bytes, 0.0, 0.0))
             continue
         recipe = recipes[site.name]
-        made, error = seen.settle(site, recipe)
+        made, error = next(settled)
         stored = sum(t.numel() * t.element_size() for t in made.tensors.values()) - recipe.structure.freed_bytes(site)
         made.apply(work, site)
         reports.append(SiteReport(site.name, choice.spec, choice.bytes, stored, choice.error, error**0.5))

@@ -12,8 +12,11 @@ whose units are cut keep the statistics of the original.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
+from fxcompress.core.ahead import ahead
 from fxcompress.core.calibrate import Calibration, Moment, multiplied
 from fxcompress.core.divergence import mask_of
 from fxcompress.core.frontier import Frontier, put
@@ -41,6 +44,11 @@ class Fixed:
             made, error = self.make(site, recipe)
             self._settled[key] = made.settled(), error
         return self._settled[key]
+
+    def all_settled(self, chosen: Sequence[tuple[Site, Recipe]]) -> Iterator[tuple[Made, float]]:
+        """`settle` of sites in graph order, which a caller may rewrite as it goes."""
+        tasks = (partial(self.settle, site, recipe) for site, recipe in chosen)
+        return iter([*ahead(tasks)])  # none is rewritten before the last is read
 
     def make(self, site: Site, recipe: Recipe) -> tuple[Made, float]:
         """The same, with the dense weight it amounts to."""
@@ -79,6 +87,9 @@ class Staged(Fixed):
 
     def settle(self, site: Site, recipe: Recipe) -> tuple[Made, float]:
         return self.make(site, recipe)  # its inputs are another pass's no more
+
+    def all_settled(self, chosen: Sequence[tuple[Site, Recipe]]) -> Iterator[tuple[Made, float]]:
+        return (self.settle(site, recipe) for site, recipe in chosen)  # each sees what became of those before
 
     def informed(self, site: Site) -> Site:
         """With the statistics of its inputs as they are now."""

@@ -40,7 +40,7 @@ import fxcompress.codegen.ops.low_rank_linear as op
 from fxcompress.core.convolution import convolve, mix
 from fxcompress.core.cost import Cost, linear_cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, judge_of, rounding_metric
+from fxcompress.core.metric import Metric, image, judge_of, rounding_metric
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of, use_cost
 
@@ -88,12 +88,6 @@ def best_factors(site: Site) -> Factors:
     return Factors(u, v, squares.clamp_min(0).flip(0))
 
 
-def image(site: Site) -> Tensor:
-    """W G (rows, columns) float64, undamped; an analysis of the site."""
-    metric = rounding_metric(site).columns
-    return site.weight.double() if metric is None else site.weight.double() @ metric
-
-
 def absorbed(site: Site) -> float:
     """What a bias takes over of the squared output, |W mu|^2: no metric of a correctable site counts it, the output
     does; an analysis of the site."""
@@ -139,7 +133,9 @@ def _input_metric(site: Site) -> Metric:
 
 def damped(metric: Tensor, share: float) -> Tensor:
     """metric + share mean(diag) I; positive definite even where every input was zero."""
-    return metric + damping(metric, share) * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    found = metric.clone()
+    found.diagonal().add_(damping(metric, share))
+    return found
 
 
 def damping(metric: Tensor, share: float) -> Tensor:

@@ -10,18 +10,23 @@
    asked.
 3. One probe of the model per site and family that is left (fxcompress.cost_model.sensitivity) turns site errors into
    losses.
+
+1 and 2 know nothing of other weights, and run ahead of 3 for some of those to come (fxcompress.core.ahead).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import sympy
 from torch import Tensor
 from tqdm import tqdm
 
+from fxcompress.core.ahead import ahead
 from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration, Call, is_divisible, thinned
 from fxcompress.core.metric import local_error
@@ -39,6 +44,7 @@ from fxcompress.passes.unit_groups import agreed, unit_ties
 FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
 FASTER = 0.9  # of the seconds of a stored dense weight: less is within what a profile is good for
 MADE_EACH = 2**16  # weights of a site, up to which every recipe that is priced is made, and every family probed
+AT_HAND = 2**23  # weights of a site, above which probes are made one by one: those of a vocabulary are large
 PROBE_FLOPS = 4e10  # MiniLM's 32 held-out sentences take half of it
 MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth: a structure that loses more answers no budget
 
@@ -51,6 +57,26 @@ class Trial:
     bytes: int
     structure_error: float  # squared, before storing
     error: float  # squared, in all
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A weight that loses what its family loses, and its site error."""
+
+    family: str
+    weight: Tensor
+    bias: Tensor | None
+    error: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """All that is known of a site before the model is asked; not its statistics, which are large."""
+
+    site: str
+    trials: list[Trial]
+    refused: list[tuple[str, str]]  # (rewrite, why)
+    probes: Iterable[Probe]
 
 
 @dataclass(frozen=True)
@@ -81,24 +107,48 @@ def propose(
     sizes = sizes_of(gm, calibration)
     by_name = {site.name: site for site in sites}
     with_me = {name: tie.sites for tie in ties if tie.by == "spec" for name in tie.sites}
-    tried: dict[str, tuple[Site, list[Trial], list[tuple[str, str]]]] = {}
+    groups = dict.fromkeys(with_me.get(name, (name,)) for name in by_name)
+    tasks = (partial(_tried, [by_name[n] for n in group], rewrites, calibration, budget, named, pricing)
+             for group in groups)  # fmt: skip
+    tried: dict[str, Tried] = {}
     candidates: list[Candidate] = []
     refusals: list[tuple[str, str, str]] = []
-    for name in tqdm(by_name, "propose", unit="site", disable=not progress, leave=False):
-        if name not in tried:
-            together = [calibration.informed(by_name[other]) for other in with_me.get(name, (name,))]
-            tried.update({s.name: (s, t, r) for s, t, r in trials_of(together, rewrites, budget, named, pricing)})
-        site, trials, refused = tried.pop(name)
-        kappas = _probe(prober, site, trials)
-        candidates.append(_candidate(site, Recipe(), 0.0, 0.0, sizes))
-        for trial in trials:
-            storage, family = trial.recipe.storage, _family(site, trial.recipe.structure)
-            loss = price(kappas, family, storage.name if storage else "", trial.structure_error, trial.error)
-            candidates.append(_candidate(site, trial.recipe, trial.error, loss, sizes))
-        refusals += [(name, rewrite, why) for rewrite, why in refused]
-        site.forget()
+    with closing(ahead(tasks)) as found:
+        for name in tqdm(by_name, "propose", unit="site", disable=not progress, leave=False):
+            if name not in tried:
+                tried.update({one.site: one for one in next(found)})
+            site, one = by_name[name], tried.pop(name)
+            kappas = {p.family: _kappa(prober, site, p) for p in one.probes}
+            candidates.append(_candidate(site, Recipe(), 0.0, 0.0, sizes))
+            for trial in one.trials:
+                storage, family = trial.recipe.storage, _family(site, trial.recipe.structure)
+                loss = price(kappas, family, storage.name if storage else "", trial.structure_error, trial.error)
+                candidates.append(_candidate(site, trial.recipe, trial.error, loss, sizes))
+            refusals += [(name, rewrite, why) for rewrite, why in one.refused]
     candidates, disagreed = agreed(candidates, unit_ties(sites, candidates))
     return candidates, refusals + disagreed
+
+
+def _tried(
+    sites: Sequence[Site],
+    rewrites: Sequence[type[Rewrite]],
+    calibration: Calibration,
+    budget: Budget,
+    named: bool,
+    pricing: Pricing | None,
+) -> list[Tried]:
+    """Some tied sites, with all that is known of each but how the model minds it."""
+    made = trials_of([calibration.informed(site) for site in sites], rewrites, budget, named, pricing)
+    return [Tried(s.name, trials, refused, _at_hand(s, _probes(s, trials))) for s, trials, refused in made]
+
+
+def _at_hand(site: Site, probes: Iterator[Probe]) -> Iterable[Probe]:
+    """`probes`, made here and now where they are not too large to be kept."""
+    if site.weight.numel() > AT_HAND:
+        return probes
+    made = [*probes]
+    site.forget()
+    return made
 
 
 def trials_of(
@@ -205,17 +255,17 @@ def _estimates(
         return not rivals.beats(recipe.net_bytes(site), bound + added.get(recipe.storage, 0.0))
 
     found: list[list[Trial]] = []
-    least: dict[Hashable, float] = {}
+    before: dict[Hashable, tuple[Structure, float]] = {}
     for instance in reversed([*structure.space(site)]):
         stored = kinds if instance.matrices(site) else (None,)
         recipes = [r for s in stored if (r := Recipe(instance, s)).net_bytes(site) <= most]
-        bound = least.get(instance.series(), 0.0)
+        bound = instance.bound_from(site, *before[instance.series()]) if instance.series() in before else 0.0
         if bound <= most_lost and any(hopes(r, bound) for r in recipes):
             bound = max(instance.error_bound(site), bound)
         if not recipes or bound > most_lost:
             continue
         own = _own_error(instance, site) if any(hopes(r, bound) for r in recipes) else bound
-        least[instance.series()] = own
+        before[instance.series()] = instance, own
         found.append([Trial(r, r.net_bytes(site), own, own + added.get(r.storage, 0.0)) for r in recipes])
     return [t for trials in reversed(found) for t in trials if t.structure_error <= most_lost]
 
@@ -312,8 +362,8 @@ def _refused(
     return why is not None
 
 
-def _probe(prober: Prober, site: Site, trials: Sequence[Trial]) -> dict[str, float]:
-    """kappa by family: a storage's from a dense weight, a structure's from the structure alone.
+def _probes(site: Site, trials: Sequence[Trial]) -> Iterator[Probe]:
+    """One of each family: a storage's on a dense weight, a structure's of the structure alone.
 
     Row tiers have their own: they spare the rows the model reads. Plain 8 bits priced by them made MiniLM at 2x
     predict an error of .0084 where .0061 was measured.
@@ -325,15 +375,18 @@ def _probe(prober: Prober, site: Site, trials: Sequence[Trial]) -> dict[str, flo
             families.setdefault(_family(site, structure), []).append(trial)
         elif storage is not None:
             families.setdefault(storage.name, []).append(trial)
-    kappas: dict[str, float] = {}
     for family, mine in families.items():
         typical = _typical(mine)
         if typical.structure_error > 0.0:
             weight = Recipe(typical.recipe.structure).make(site).weight
         else:
             weight = _stored(site, typical.recipe)
-        kappas[family] = kappa(prober.loss(site, weight, bias_of(site, weight)), local_error(site, weight))
-    return kappas
+        yield Probe(family, weight, bias_of(site, weight), local_error(site, weight))
+
+
+def _kappa(prober: Prober, site: Site, probe: Probe) -> float:
+    """How much the model minds what the family loses at the site."""
+    return kappa(prober.loss(site, probe.weight, probe.bias), probe.error)
 
 
 def _family(site: Site, structure: Structure) -> str:

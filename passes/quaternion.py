@@ -36,10 +36,10 @@ import fxcompress.codegen.ops.quaternion_linear as op
 from fxcompress.core.budget import Budget
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, rounding_metric
+from fxcompress.core.metric import Metric, image, rounding_metric
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
-from fxcompress.passes.low_rank import DAMPING, damped, damping, image
+from fxcompress.passes.low_rank import DAMPING, damped, damping
 
 MOST_LOST = 0.1  # of the output, where it is weighed unasked: a weight that was trained as quaternions loses nothing
 

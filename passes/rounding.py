@@ -4,7 +4,9 @@
 
 1. `fit`       s and z of each group by search and Lloyd steps, minimising sum_j G_jj D_j^2; snapped as they are stored.
 2. `feed_back` columns in order of falling G_jj; each column's rounding error is spread over the columns still to come,
-               W_k -= e_j U_jk / U_jj with U the upper Cholesky factor of G^-1 (GPTQ, Frantar et al., arXiv 2210.17323).
+               W_k += (W_j - W'_j) R_jk / R_kk with G = R R^T, R upper. It is GPTQ (Frantar et al., arXiv 2210.17323),
+               which factors G^-1 = U^T U and spreads what W_j has moved by then as well: U = R^-1, so the targets are
+               the same, and nothing is inverted (Babai's nearest plane; Chen et al., arXiv 2507.18553).
 3. `descend`   one cyclic sweep of exact coordinate descent over the codes (QuantEase, Behdin et al., arXiv 2309.01885).
 4. `refit`     for the codes found, the least-squares scales of each row in the metric G, snapped to the same grid.
 5. `descend`   once more: a scale that snapping moved shifts all its weights alike, which no rounding error does, and at
@@ -40,43 +42,41 @@ _BLOCK = 64
 
 
 class Curvature(NamedTuple):
-    """What steps 2-4 need of G: damped (columns, columns) float32, U of the ordered inverse, the order."""
+    """What steps 2-4 need of G: damped (columns, columns) float32, the order, R_jk / R_kk of the ordered G."""
 
     damped: Tensor
-    upper: Tensor
+    steps: Tensor
     order: Tensor
 
 
-class Inverse(NamedTuple):
-    """G damped and its inverse, (columns, columns) float64: inverting a moment squares its condition number."""
+def factored(metric: Metric, order: Tensor) -> tuple[Tensor, Tensor]:
+    """G damped, (columns, columns) in a unit that makes its mean diagonal 1, and the upper triangular R of
+    R R^T = G[order][:, order]; float32.
 
-    damped: Tensor
-    inverse: Tensor
-
-
-def inverse(metric: Metric) -> Inverse:
-    """An analysis of a metric, for rounding and pruning alike."""
-    g = metric.columns
-    assert g is not None
-    level = DAMPING * g.diagonal().mean().clamp_min(0) + torch.finfo(g.dtype).tiny ** 0.5
-    unit = torch.eye(len(g), dtype=g.dtype)
-    # Moments are summed in float32: of inputs that never vary, or are too faint for their squares, what is left is
-    # rounding, and can be far from positive definite. Half of the last level is enough for it, the rest is margin.
-    enough = level
-    while int(torch.linalg.cholesky_ex(g + enough * unit).info):
-        enough, level = 10 * enough, 20 * enough
-    damped = g + level * unit
-    return Inverse(damped, torch.cholesky_inverse(torch.linalg.cholesky(damped)))
+    R^T D is what is left of an error D once the columns behind have made up for those before, as far as they can.
+    Single precision does: an element of R R^T is wrong by a share of sqrt(G_jj G_kk), whatever the other columns hold.
+    """
+    assert metric.columns is not None
+    mean = metric.columns.diagonal().abs().mean()
+    level = DAMPING * mean + torch.finfo(torch.float64).tiny ** 0.5
+    backwards = order.flip(0)
+    while True:
+        g = (metric.columns / (mean + level)).float()
+        g.diagonal().add_(level / (mean + level))
+        lower, info = torch.linalg.cholesky_ex(g[backwards][:, backwards])
+        if not int(info):
+            return g, lower.flip(0, 1)
+        # Moments are summed in float32: of inputs that never vary, or are too faint for their squares, what is left is
+        # rounding, and can be far from positive definite.
+        level *= 10
 
 
 def curvature(metric: Metric) -> Curvature:
     """Factor G once for all bit widths and group sizes."""
-    known = metric.analysis(inverse)
-    assert known is not None
-    order = torch.argsort(known.damped.diagonal(), descending=True, stable=True)
-    upper = torch.linalg.cholesky(known.inverse[order][:, order], upper=True)
-    scale = known.damped.diagonal().mean()  # G's unit is no matter; near 1 float32 keeps it
-    return Curvature((known.damped / scale).float(), (upper * scale.sqrt()).float(), order)
+    assert metric.columns is not None
+    order = torch.argsort(metric.columns.diagonal(), descending=True, stable=True)
+    g, r = factored(metric, order)
+    return Curvature(g, r.div_(r.diagonal().clone()), order)
 
 
 def fit(x: Tensor, bits: int, group: int, importance: Tensor | None, lattice: Lattice = PLAIN) -> Grid:
@@ -159,19 +159,18 @@ def integers(top: Tensor) -> Near:
 
 def feed_back(x: Tensor, scale: Tensor, zero: Tensor, near: Near, curve: Curvature) -> Tensor:
     """Step 2 for scale, zero (columns, rows) -> codes (columns, rows) float32."""
-    u, order = curve.upper, curve.order
-    steps = u / u.diagonal().unsqueeze(1)  # U_jk / U_jj
+    steps, order = curve.steps, curve.order
     w, s, z = x[order], scale[order], zero[order]
     q = torch.empty_like(w)
     for a in range(0, len(x), _BLOCK):
         mine = slice(a, a + _BLOCK)
-        errors, own = torch.empty_like(w[mine]), steps[mine, mine].contiguous()
+        errors, own = x[order[mine]], steps[mine, mine].contiguous()
         columns = zip(*(t[mine].unbind() for t in (w, s, z, q)), errors.unbind())
         for i, (wj, sj, zj, qj, error) in enumerate(columns):
             qj.copy_(near(torch.addcdiv(zj, wj, sj)))
-            torch.addcmul(wj, qj - zj, sj, value=-1, out=error)
-            w[a + i + 1 : a + _BLOCK].addr_(own[i, i + 1 :], error, alpha=-1)
-        w[a + _BLOCK :].addmm_(steps[mine, a + _BLOCK :].T, errors, alpha=-1)
+            error.addcmul_(qj - zj, sj, value=-1)
+            w[a + i + 1 : a + _BLOCK].addr_(own[i, i + 1 :], error)
+        w[a + _BLOCK :].addmm_(steps[mine, a + _BLOCK :].T, errors)
     codes = torch.empty_like(q)
     codes[order] = q
     return codes

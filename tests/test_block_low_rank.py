@@ -301,3 +301,17 @@ def test_the_dense_weight_is_differentiable_in_its_factors():
     site = site_of(torch.ones(8, 12))
     factors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 12), (8, 4))]
     assert torch.autograd.gradcheck(lambda v, u: BlockLowRank(2, 2).dense({"v": v, "u": u}, site), factors)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])
+def test_a_smaller_rank_loses_no_less_than_the_line_to_full_rank_tells(shape, calibrated):
+    """Tails of descending squares are convex; so is, here, what the refit in a metric leaves of them."""
+    site = site_of(weight_of(shape), **({"second_moment": moment_of(shape[1])} if calibrated else {}))
+    for blocks in (1, 2, 4):
+        lost = {r: BlockLowRank(blocks, r).unstored_error(site) for r in range(1, min(shape) // blocks + 1)}
+        for small, large in itertools.combinations(lost, 2):
+            bound = BlockLowRank(blocks, small).bound_from(site, BlockLowRank(blocks, large), lost[large])
+            assert bound >= lost[large]
+            # Errors are float32 sums of products with factors in float32: a few 2^-24 of what they are.
+            assert bound <= lost[small] * (1 + 2**-20) + 1e-9

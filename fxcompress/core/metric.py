@@ -63,8 +63,9 @@ def _rounding_metric(site: Site) -> Metric:
         return Metric(s.column_metric, s.row_weight)
     if site.correctable and s.mean is not None:
         # Inputs that hardly vary ([CLS] before any attention) leave a difference of equals, not even positive definite.
-        floor = CENTRED_FLOOR * s.second_moment.diagonal().mean() * torch.eye(site.columns, dtype=torch.float64)
-        return Metric(s.second_moment - torch.outer(s.mean, s.mean) + floor, s.row_weight)
+        centred = torch.addr(s.second_moment, s.mean, s.mean, alpha=-1)
+        centred.diagonal().add_(CENTRED_FLOOR * s.second_moment.diagonal().mean())
+        return Metric(centred, s.row_weight)
     return Metric(s.second_moment, s.row_weight)
 
 
@@ -90,9 +91,17 @@ def row_errors(site: Site, rows: Tensor, approximation: Tensor) -> Tensor:
     return torch.stack(errors).mean(0)
 
 
+def image(site: Site) -> Tensor:
+    """W G (rows, columns) float64, G what is minimised; an analysis of the site."""
+    metric = rounding_metric(site).columns
+    return site.weight.double() if metric is None else site.weight.double() @ metric
+
+
 def stand_ins(site: Site) -> Sample:
     """Rows of the site that stand for all, drawn by what each is of the signal; an analysis of the site."""
-    return draw(row_errors(site, torch.arange(site.rows), torch.zeros(())), STAND_INS)
+    if site.kind in ("embedding", "tied"):
+        return draw(row_errors(site, torch.arange(site.rows), torch.zeros(())), STAND_INS)
+    return draw((site.analysis(image) * site.weight).sum(1).clamp_min(0), STAND_INS)
 
 
 class Judge(NamedTuple):
@@ -127,8 +136,7 @@ def _judging_metric(site: Site) -> Tensor | None:
     if found is None or not site.correctable or s.mean is None:
         return s.second_moment if s.check is None else s.check[0]
     moment, mean = found
-    cross = torch.outer(mean, s.mean)
-    return moment - cross - cross.T + torch.outer(s.mean, s.mean)
+    return torch.addr(moment, mean, s.mean, alpha=-1).addr_(s.mean, s.mean - mean)
 
 
 def corrected_bias(site: Site, approximation: Tensor, bias: Tensor) -> Tensor:

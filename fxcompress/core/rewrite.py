@@ -197,6 +197,10 @@ class Structure(Rewrite):
         """Of the instances of one site that have this in common, one with more bytes loses no more."""
         return self
 
+    def bound_from(self, site: Site, larger: Self, lost: float) -> float:
+        """A lower bound on what it loses, from what one of its series with more bytes does."""
+        return lost
+
     def input_error(self, site: Site) -> float:
         """The squared relative error of what happens to the inputs (rounding them), which no weight shows."""
         return 0.0
