@@ -37,11 +37,11 @@ from fxcompress.core.site import Site
 from fxcompress.core.ties import Tie
 from fxcompress.cost_model.sensitivity import Prober, kappa, price
 from fxcompress.passes.dense import Dense
+from fxcompress.passes.hull import NOTHING, Hull
 from fxcompress.passes.latency import Pricing
 from fxcompress.passes.recipe import Recipe, bias_of
 from fxcompress.passes.unit_groups import agreed, unit_ties
 
-FAMILY_SPREAD = 1.25  # a recipe must be able to beat a rival's error times this, or it is not made
 FASTER = 0.9  # of the seconds of a stored dense weight: less is within what a profile is good for
 MADE_EACH = 2**16  # weights of a site, up to which every recipe that is priced is made, and every family probed
 AT_HAND = 2**23  # weights of a site, above which probes are made one by one: those of a vocabulary are large
@@ -216,7 +216,7 @@ def _draft(
     for structure in (r for r in weighed if issubclass(r, Structure)):
         judged = budget.flops is None and not structure.joint
         alone = [t for t in trials + estimates if not t.recipe.structure.joint]
-        rivals = Frontier.of(alone, site.dense_bytes) if judged else NOTHING
+        rivals = Hull.of([(t.bytes, t.error) for t in alone] + [(site.dense_bytes, 0.0)]) if judged else NOTHING
         mine = _estimates(site, structure, storages, trials, most, 1.0 if named else MOST_LOST, rivals)
         good = {str(e.recipe) for e in (_promising(mine, rivals) if judged else mine)}
         if pricing is not None and judged:
@@ -241,7 +241,7 @@ def _estimates(
     dense: Sequence[Trial],
     most: float,
     most_lost: float,
-    rivals: Frontier,
+    rivals: Hull,
 ) -> list[Trial]:
     """Every instance with every storage of its factors; errors: its own plus that storage's on the dense weight.
 
@@ -276,7 +276,7 @@ def _own_error(structure: Structure, site: Site) -> float:
     return max(error, structure.error_bound(site))
 
 
-def _promising(estimates: Sequence[Trial], rivals: Frontier) -> list[Trial]:
+def _promising(estimates: Sequence[Trial], rivals: Hull) -> list[Trial]:
     """Those no estimate of the same structure dominates, and no measured rival beats clearly."""
     return [
         e
@@ -291,42 +291,6 @@ def _faster(estimates: Sequence[Trial], site: Site, dense: Sequence[Trial], pric
     rivals = [Recipe(), *(t.recipe for t in dense)]
     least = min(pricing.latency(recipe, site) for recipe in rivals)
     return [e for e in estimates if pricing.latency(e.recipe, site) < FASTER * least]
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """The lower convex hull of what is known to be possible: (bytes, squared error), ascending in bytes.
-
-    The relaxed knapsack picks points of a site's hull at all sites but one (Sinha & Zoltners, 1979), so what lies above
-    the hull is not worth making.
-    """
-
-    points: tuple[tuple[int, float], ...]
-
-    @classmethod
-    def of(cls, trials: Iterable[Trial], dense_bytes: int) -> Frontier:
-        hull: list[tuple[int, float]] = []
-        for point in sorted([(t.bytes, t.error) for t in trials] + [(dense_bytes, 0.0)]):
-            while len(hull) > 1 and _right_of(hull[-2], hull[-1], point):
-                hull.pop()
-            if not hull or point[1] < hull[-1][1]:
-                hull.append(point)
-        return cls(tuple(hull))
-
-    def beats(self, stored: int, error: float) -> bool:
-        """True if the hull is lower at `stored` bytes, with room for families that the model minds less."""
-        if stored < self.points[0][0]:
-            return False
-        sizes, errors = zip(*self.points)
-        return float(np.interp(stored, sizes, errors)) * FAMILY_SPREAD <= error
-
-
-NOTHING = Frontier(((1 << 62, 0.0),))
-
-
-def _right_of(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
-    """True if b does not lie below the line from a to c."""
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
 def _error(site: Site, recipe: Recipe) -> float:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fxcompress import Budget, api
 from fxcompress.carrying_out import carry_out
-from fxcompress.core.ahead import AT_ONCE, ahead
+from fxcompress.core.ahead import AT_ONCE, IN_HAND, ahead
 from fxcompress.passes import REWRITES
 from tests.sites import normal
 
@@ -42,14 +42,14 @@ def test_two_tasks_run_at_once_with_half_of_the_threads_each(with_threads):
     assert torch.get_num_threads() == 4
 
 
-def test_no_more_is_begun_than_two_beside_what_the_caller_has(with_threads):
+def test_no_more_is_begun_than_is_in_hand(with_threads):
     with_threads(2)
     begun = []
     found = ahead((lambda n=n: begun.append(n) or n) for n in range(9))
     next(found)
-    assert len(begun) <= 1 + AT_ONCE
+    assert len(begun) <= IN_HAND
     found.close()
-    assert len(begun) <= 1 + AT_ONCE
+    assert len(begun) <= IN_HAND
     assert torch.get_num_threads() == 2
 
 
