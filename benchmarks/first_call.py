@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tabulate import tabulate
 
-import fxcompress
-from benchmarks.models import data, minilm
+from benchmarks.models import minilm
 
 OURS = 'torch.compile(model, backend="fxcompress", options={"plan": folder, "lower": %r})'
 WAYS = {
@@ -51,10 +50,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as scratch:
-        folder = given or Path(scratch) / "m"
-        if given is None:
-            batches = minilm.batches([text for text, _ in data.sst2("dev")][:128])
-            fxcompress.save(fxcompress.compile(minilm.model(), "4x", calibration=batches, progress=False), folder)
+        folder = given or minilm.saved_at_4x(Path(scratch) / "m")
         found: dict[str, list[float]] = {name: [] for name in WAYS}
         for turn in range(3):
             for name, way in WAYS.items():

@@ -2,7 +2,7 @@
 
     first graph         the model that owns its parameters is compressed whole, as `fxcompress.compile` does it
     every graph         parameters are replaced by the parts made of them, by identity (fxcompress.dynamo_graph)
-    then                handed to Inductor, or run as it is
+    then                handed to Inductor, on kernels of this CPU where they are asked for, or run as it is
 
 So prefill and decode graphs, graph breaks and recompilations for other shapes share one set of tensors, made once. All
 that is kept from one graph to the next is in the `Session` of the options that torch.compile hands on each time.
@@ -24,16 +24,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.api import compile
 from fxcompress.checkpoint import load
+from fxcompress.codegen.cpu.module import INDUCTOR
 from fxcompress.core.budget import Budget
 from fxcompress.core.errors import BackendError
 from fxcompress.core.plan import Plan
 from fxcompress.core.signature import SignedModule
+from fxcompress.dynamo_cpu import Lowering
 from fxcompress.dynamo_frame import Frame, inputs_of
 from fxcompress.dynamo_graph import rewritten
 from fxcompress.parts import Part, bias_beside, parts_of, weight_of
 
 OPTIONS = ("budget", "calibration", "warmup_batches", "plan", "lower", "rewrites", "example_inputs", "progress")
-LOWER = ("inductor", "eager")
+LOWER = ("inductor", "eager", "cpu")
 
 
 def fxcompress(
@@ -44,7 +46,8 @@ def fxcompress(
     options: `budget`, `calibration`, `rewrites`, `example_inputs` and `progress` as `fxcompress.compile` takes them;
         `plan`: a Plan, what `compile` or `load` returned, or the folder `save` wrote, whose tensors are taken;
         `warmup_batches`: in place of calibration, so many calls run as they are and calibrate what follows;
-        `lower`: "inductor" (the default) or "eager".
+        `lower`: "inductor" (the default), "eager", or "cpu": Inductor with the products of `fxcompress.lower`, which
+        round their inputs to 8 bits.
 
     Raises `BackendError` in training mode, with gradients, and for options that mean nothing; and what `compile`
     raises. torch.compile puts each into its own BackendCompilerFailed, with the text.
@@ -74,8 +77,10 @@ def fxcompress(
                 "compile the model itself, or give calibration."
             )
         return Warming(session, gm, new[0], None if frame.is_resumed else inputs_of(gm, new[0]))
-    work = rewritten(gm, inputs, session.part_of, session.beside)
-    lowered = compile_fx(work, list(inputs)) if session.lower == "inductor" else work.forward
+    work = session.rewritten(gm, inputs)
+    if session.lower == "eager":
+        return work.forward
+    lowered = compile_fx(work, list(inputs), config_patches=dict(INDUCTOR) if session.lower == "cpu" else None)
     assert callable(lowered)
     return lowered
 
@@ -89,6 +94,7 @@ class Session:
     part_of: MutableMapping[Tensor, Part] = field(default_factory=WeakTensorKeyDictionary)  # by weight
     beside: MutableMapping[Tensor, Part] = field(default_factory=WeakTensorKeyDictionary)  # by the bias it corrects
     calls: list[dict[str, Tensor]] = field(default_factory=list)  # that warm it up
+    lowering: Lowering = field(default_factory=Lowering)  # where lower is "cpu"
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> Session:
@@ -110,13 +116,21 @@ class Session:
         if warmup and ("calibration" in options or "plan" in options):
             raise BackendError("option warmup_batches collects calibration; leave it out beside one, or a plan.")
         if options.get("lower", LOWER[0]) not in LOWER:
-            raise BackendError(f"option lower={options['lower']!r}: allowed are {' and '.join(map(repr, LOWER))}.")
+            raise BackendError(f"option lower={options['lower']!r}: it is one of {', '.join(map(repr, LOWER))}.")
         return _SESSIONS.setdefault(id(options), cls(options))
 
     @property
     def lower(self) -> str:
-        """ "inductor" or "eager"."""
+        """One of `LOWER`."""
         return str(self.options.get("lower", LOWER[0]))
+
+    def rewritten(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+        """A graph with the parts of what was learned."""
+        if self.lower != "cpu":
+            return rewritten(gm, inputs, self.part_of, self.beside)
+        work = rewritten(gm, inputs, self.part_of, self.beside, self.lowering.put)
+        self.lowering.between(work)
+        return work
 
     @property
     def is_cold(self) -> bool:
@@ -177,10 +191,11 @@ class Warming:
         if self.lowered is None:
             if any(p not in self.session.seen for p in self.model.parameters()):
                 self.session.learn(self.model, None)
-            work = rewritten(self.gm, inputs, self.session.part_of, self.session.beside)
+            work = self.session.rewritten(self.gm, inputs)
             sized = any(isinstance(value, int) for value in inputs)  # Dynamo guards every other size
-            inductor = self.session.lower == "inductor"
-            self.lowered = torch.compile(work, dynamic=sized) if inductor else work.forward
+            settings = dict(INDUCTOR) if self.session.lower == "cpu" else None
+            eager = self.session.lower == "eager"
+            self.lowered = work.forward if eager else torch.compile(work, dynamic=sized, options=settings)
         return self.lowered(*inputs)
 
 

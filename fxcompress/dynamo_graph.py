@@ -30,6 +30,7 @@ from fxcompress.read_back import Reader
 
 aten = torch.ops.aten
 Spelling = Callable[..., tuple[Any, tuple[Any, ...]]]  # the arguments of a call -> an ATen op and its arguments
+Put = Callable[[fx.GraphModule, Site, Part], None]  # in place of a site's weight
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> tuple[Any, tuple[Any, ...]]:
@@ -91,8 +92,17 @@ class Weight:
     biases: tuple[str, ...]  # attributes that are the bias which the part corrects
 
 
+def put_as_told(work: fx.GraphModule, site: Site, part: Part) -> None:
+    """What the part's recipe emits."""
+    part.recipe.of(site, part.tensors).apply(work, site)
+
+
 def rewritten(
-    gm: fx.GraphModule, inputs: Sequence[Any], part_of: Mapping[Tensor, Part], beside: Mapping[Tensor, Part]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    part_of: Mapping[Tensor, Part],
+    beside: Mapping[Tensor, Part],
+    put: Put = put_as_told,
 ) -> fx.GraphModule:
     """A copy of `gm`, whose inputs are `inputs`, with parts for the parameters that have one, by identity. `gm` stays
     as it is: Dynamo goes on to read it. beside: parts by the bias that they correct. Raises `BackendError`."""
@@ -106,8 +116,7 @@ def rewritten(
     _spell(graph, weights)
     for site in find_sites(work):
         if site.name in weights and _has_bias_for(site, weights[site.name].part):
-            part = weights.pop(site.name).part
-            part.recipe.of(site, part.tensors).apply(work, site)
+            put(work, site, weights.pop(site.name).part)
     for name, weight in weights.items():  # what is read otherwise than the compiled graph reads it
         _read_back(work, name, weight)
     for node in graph.find_nodes(op="get_attr"):

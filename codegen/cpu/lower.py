@@ -65,11 +65,16 @@ def lower_graph(
 ) -> SignedModule:
     """A copy of `gm` over the tensors it still reads and the packed weights, in eval mode."""
     work = gm.copy()
+    lower_here(work, Rule(profile, target, weight_bytes(work)))
+    return work
+
+
+def lower_here(work: fx.GraphModule, rule: Rule) -> None:
+    """The same in place."""
     forget(work.graph)
     for node, value in values_of(work.graph).items():
         if value is not None:  # what a rewrite made on the way (rows of a factor) carries none of its own
             node.meta.setdefault("val", value)
-    rule = Rule(profile, target, weight_bytes(work))
     for node in list(work.graph.nodes):
         if node.target in (FUSED, PARALLEL):
             _Inlined(work, node, rule).replace()
@@ -78,7 +83,6 @@ def lower_graph(
         elif node.target is aten.linear.default and node.args[1].op == "get_attr":
             _kept(work, node)
     finish(work)
-    return work
 
 
 def weight_bytes(gm: fx.GraphModule) -> float:
@@ -96,19 +100,24 @@ def lower_pointwise(gm: SignedModule) -> SignedModule:
     """A copy of `gm` with GELU and attention as fxcompress.codegen.cpu.pointwise has them: many passes over memory, so
     for a graph whose passes will be fused."""
     work = gm.copy()
+    approximate_here(work)
+    finish(work)
+    return work
+
+
+def approximate_here(work: fx.GraphModule) -> None:
+    """The same in place, with what nothing reads any more left in it."""
     for node in list(work.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
             _attend(work, node)
         elif node.target is aten.gelu.default and len(node.args) == 1 and not node.kwargs:
             _approximate(work, node)
-    finish(work)
-    return work
 
 
 class _Inlined:
     """The steps of one fused node, written into the graph before it."""
 
-    def __init__(self, gm: SignedModule, node: fx.Node, rule: Rule) -> None:
+    def __init__(self, gm: fx.GraphModule, node: fx.Node, rule: Rule) -> None:
         x, tensors, extras, text, *_ = node.args
         assert isinstance(x, fx.Node)
         self.gm, self.node, self.graph, self.x, self.rule = gm, node, gm.graph, x, rule
@@ -256,7 +265,7 @@ class Matrix:
 
 
 def multiply(
-    gm: SignedModule, x: fx.Node, matrices: Sequence[Matrix], kernel: Kernel, few: Sequence[Bucket] = ()
+    gm: fx.GraphModule, x: fx.Node, matrices: Sequence[Matrix], kernel: Kernel, few: Sequence[Bucket] = ()
 ) -> list[fx.Node]:
     """Insert the products of x with `matrices`, packed for `kernel`: one call if it is int8; `few` as in rules.py."""
 
@@ -296,7 +305,7 @@ def _joined(stored: Sequence[Fours]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts) for parts in zip(*((f.codes, f.scales, f.zeros) for f in stored)))
 
 
-def _kept(gm: SignedModule, node: fx.Node) -> None:
+def _kept(gm: fx.GraphModule, node: fx.Node) -> None:
     """A product the plan left dense."""
     x, weight, *bias = node.args
     assert isinstance(x, fx.Node)
@@ -313,7 +322,7 @@ def _kept(gm: SignedModule, node: fx.Node) -> None:
     gm.graph.erase_node(node)
 
 
-def _lookup(gm: SignedModule, node: fx.Node) -> None:
+def _lookup(gm: fx.GraphModule, node: fx.Node) -> None:
     """A compressed table: decoded, and packed so that a lookup is a gather and a multiplication."""
     assert isinstance(node.target, OpOverload)
     ids, *rest = node.args
@@ -334,7 +343,7 @@ def _lookup(gm: SignedModule, node: fx.Node) -> None:
     gm.graph.erase_node(node)
 
 
-def _attend(gm: SignedModule, node: fx.Node) -> None:
+def _attend(gm: fx.GraphModule, node: fx.Node) -> None:
     """Attention without dropout, causality or shared heads, of four dimensions."""
     names = [a.name for a in aten.scaled_dot_product_attention.default._schema.arguments]
     given: dict[str, Any] = {**dict(zip(names, node.args)), **node.kwargs}
@@ -356,7 +365,7 @@ def _attend(gm: SignedModule, node: fx.Node) -> None:
     gm.graph.erase_node(node)
 
 
-def _approximate(gm: SignedModule, node: fx.Node) -> None:
+def _approximate(gm: fx.GraphModule, node: fx.Node) -> None:
     """GELU in float32 or less."""
     value = node.meta.get("val", node.args[0].meta.get("val"))  # type: ignore[union-attr]
     if isinstance(value, Tensor) and value.dtype == torch.float64:
