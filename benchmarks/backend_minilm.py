@@ -34,6 +34,7 @@ def main() -> None:
     """A row a way to run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path)
+    torch._dynamo.config.recompile_limit = 64  # of one forward in three modes; past it Dynamo runs the original
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         ways = ways_of(parser.parse_args().folder or minilm.saved_at_4x(Path(scratch) / "m"))
         sentences = [text for text, _ in data.sst2("dev")][128:256]

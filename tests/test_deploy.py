@@ -67,20 +67,6 @@ def test_it_exports_with_dynamic_sizes_and_comes_back(compiled, tmp_path):
 
 
 @pytest.mark.usefixtures("_fresh_inductor")
-def test_an_aot_inductor_package_runs_in_another_process(compiled, tmp_path):
-    batch = torch.export.Dim("batch", max=64)
-    with torch.no_grad():
-        program = torch.export.export(compiled, (IDS,), dynamic_shapes=({0: batch},))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        torch.save((IDS[:2], compiled(IDS[:2])), tmp_path / "want.pt")
-    code = f"""
-        import torch, fxcompress  # the package calls ops that fxcompress registers
-        ids, want = torch.load({str(tmp_path / "want.pt")!r})
-        torch.testing.assert_close(torch._inductor.aoti_load_package({package!r})(ids), want, rtol=1e-5, atol=1e-6)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
-
-
 def test_without_triton_everything_imports_compiles_and_runs(tmp_path):
     """In a process in which importing Triton fails."""
     code = """
