@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxcompress.core.errors import PlanError
 from fxcompress.core.plan import KEEP, SiteInfo
@@ -39,7 +40,8 @@ def parts_of(compiled: SignedModule) -> list[Part]:
         raise PlanError("this graph was restructured without a plan; give one that fxcompress.compile returned.")
     sizes = {info.name: info for info in compiled.plan.sites}
     chosen = [choice for choice in compiled.plan.choices if choice.spec != KEEP]
-    return [_part(compiled, sizes[choice.site], parse(choice.spec, REWRITES)) for choice in chosen]
+    reads = _times_read(compiled)
+    return [_part(compiled, sizes[choice.site], parse(choice.spec, REWRITES), reads) for choice in chosen]
 
 
 def weight_of(model: nn.Module, part: Part) -> nn.Parameter:
@@ -69,7 +71,21 @@ def bias_beside(model: nn.Module, part: Part) -> nn.Parameter | None:
     return None if "bias" not in part.tensors or bias is parameters.get(path) else bias
 
 
-def _part(compiled: SignedModule, info: SiteInfo, recipe: Recipe) -> Part:
+def _times_read(compiled: SignedModule) -> Counter[str]:
+    """How often the graph reads each of its tensors."""
+    found: Counter[str] = Counter()
+
+    def count(read: fx.Node) -> fx.Node:
+        if read.op == "get_attr":
+            found[str(read.target)] += 1
+        return read
+
+    for node in compiled.graph.nodes:
+        fx.map_arg((node.args, node.kwargs), count)
+    return found
+
+
+def _part(compiled: SignedModule, info: SiteInfo, recipe: Recipe, reads: Counter[str]) -> Part:
     if isinstance(recipe.structure, HiddenUnits):
         raise PlanError(
             f"{recipe} at {info.name} cuts what lies between weights, which a graph alone can hold; use the compiled "
@@ -79,7 +95,10 @@ def _part(compiled: SignedModule, info: SiteInfo, recipe: Recipe) -> Part:
     site = Site(info.name, paths, torch.empty(info.rows, info.columns, device="meta"), ())
     owner_path, prefix = place(site)
     owner: Any = compiled.get_submodule(owner_path)
-    names = (*recipe.names(site), "bias")
+    names = recipe.names(site)
+    path = f"{owner_path}.{prefix}{names[0]}".lstrip(".")
+    if reads[path] < 2:  # a weight that several products read, each with a bias of its own, corrects none
+        names = (*names, "bias")
     tensors = {name: getattr(owner, prefix + name) for name in names if hasattr(owner, prefix + name)}
     return Part(info.name, info.rows, info.columns, recipe, tensors)
 

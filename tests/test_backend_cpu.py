@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import fxcompress
 from fxcompress.codegen.cpu import products
@@ -107,6 +108,26 @@ def test_ten_lengths_and_graph_breaks_pack_no_weight_twice(pair, packings, break
     for length in (3, 29, 5, 7, 11, 13, 17, 19, 23):
         assert relative(mine(ids(length=length)), compiled(ids(length=length))) < ROUNDED
     assert len(packings) == first
+
+
+@torch.no_grad()
+def test_one_weight_with_two_biases_and_a_transposed_one():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, WIDE)
+            self.turned = Conv1D(WIDE, WIDE)
+            self.two.weight = self.one.weight
+            self.one.bias.add_(3)
+
+        def forward(self, x):
+            return self.turned(self.two(x) + self.one(x).relu())
+
+    net, x = Shared().eval(), torch.randn(32, 7, WIDE, generator=torch.Generator().manual_seed(1))
+    compiled = fxcompress.compile(net, "3.5x", calibration=[(x,)], rewrites="quantize", progress=False)
+    assert {choice.spec.split("{")[0] for choice in compiled.plan.choices} == {"quantize"}
+    assert relative(backend(net, plan=compiled)(x), compiled(x)) < ROUNDED
 
 
 @torch.no_grad()

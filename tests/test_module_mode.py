@@ -99,6 +99,26 @@ def test_a_leaf_keeps_its_class_its_attributes_its_hooks_and_its_mode():
     assert net.up.weight.shape == (256, 96)
 
 
+def test_one_weight_with_two_biases():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = nn.Linear(96, 96), nn.Linear(96, 96)
+            self.two.weight = self.one.weight
+            self.one.bias.data.add_(3)
+
+        def forward(self, x):
+            return self.two(x) + self.one(x).relu()
+
+    net, x = Shared().eval(), torch.randn(32, 96, generator=torch.Generator().manual_seed(1))
+    compiled = fxcompress.compile(net, "3x", calibration=[(x,)], rewrites="quantize", progress=False)
+    with torch.no_grad():
+        assert torch.equal(fxcompress.apply(net, compiled)(x), compiled(x))
+        fast = torch.compile(net, backend="fxcompress", options={"plan": compiled, "lower": "eager"})
+        assert torch.equal(fast(x), compiled(x))
+
+
 def test_no_leaf_holds_its_weight_and_each_reads_it_back_when_asked(pair):
     net, compiled = pair
     module = fxcompress.apply(net, compiled)
