@@ -38,7 +38,7 @@ from torch import Tensor, fx
 from fxcompress.codegen.ops.block_low_rank_linear import cost, cut, join
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
-from fxcompress.core.metric import Metric, rounding_metric
+from fxcompress.core.metric import Metric, rounding_metric, row_errors, stand_ins
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
 from fxcompress.passes.low_rank import DAMPING, damped
@@ -123,7 +123,7 @@ class BlockGrid(Structure):
         """Exact without calibration; with it 0: whatever a block misses, another may know by correlation."""
         if rounding_metric(site).columns is not None:
             return 0.0
-        squares = site.analysis(_Best(type(self), self.blocks)).squares
+        squares = torch.stack([site.analysis(_Best(type(self), self.blocks, i)).squares for i in range(self.blocks)])
         total = float(squares.sum())
         return float(squares[..., self.rank :].sum()) / total if total > 0 else 0.0
 
@@ -138,19 +138,37 @@ class BlockGrid(Structure):
 
     def unstored_rows(self, site: Site, rows: Tensor) -> Tensor:
         self.check(site)
-        places = self.split(torch.arange(site.rows).unsqueeze(1), self.blocks)[:, :, 0]  # (i, p): rows of the weight
-        metric, found = site.analysis(_metric), torch.empty(len(rows), site.columns)
-        for mine, v in zip(places, self._right(site).double().chunk(self.blocks)):
-            at = torch.isin(rows, mine)
-            u, _ = _refit(site.weight[rows[at]].double(), v, metric, self.blocks)
-            parts = torch.unflatten(u, 1, (self.blocks, -1)).transpose(0, 1)  # (j, n, rank)
-            found[at] = torch.cat(torch.bmm(parts, cut(v, self.blocks)).unbind(), 1).float()
+        found = torch.empty(len(rows), site.columns)
+        for i in range(self.blocks):
+            at = self.places(site, i, rows)
+            found[at] = self.refitted(site, i, rows[at])
         return found
+
+    def rising_errors(self, site: Site) -> Iterator[float]:
+        """Block row by block row: what some of them lose is less than what all lose."""
+        bound = lost = self.error_bound(site)
+        yield bound
+        so_far = 0.0
+        for i in range(self.blocks):
+            so_far += site.analysis(_Lost(self, i))
+            lost = max(so_far, bound)
+            yield lost
+
+    def places(self, site: Site, i: int, rows: Tensor) -> Tensor:
+        """Which of `rows` (n,) are of block row i, (n,) bool."""
+        return torch.isin(rows, self.split(torch.arange(site.rows).unsqueeze(1), self.blocks)[i, :, 0])
+
+    def refitted(self, site: Site, i: int, rows: Tensor) -> Tensor:
+        """`unstored` of some rows of block row i, (n, in) float32."""
+        v = self._right(site, i).double()
+        u, _ = _refit(site.weight[rows].double(), v, site.analysis(_metric), self.blocks)
+        parts = torch.unflatten(u, 1, (self.blocks, -1)).transpose(0, 1)  # (j, n, rank)
+        return join(torch.bmm(parts, cut(v, self.blocks))).float()
 
     def factor(self, site: Site, store: Store) -> None:
         self.check(site)
         blocks, metric = self.blocks, site.analysis(_metric)
-        v = store("v", self._right(site)).double()
+        v = store("v", torch.cat([self._right(site, i) for i in range(blocks)])).double()
         rows = zip(self.split(site.weight.double(), blocks), v.chunk(blocks))
         u, grams = zip(*(_refit(w, mine, metric, blocks) for w, mine in rows))
         store("u", self.join(torch.stack(u)).to(site.weight.dtype), Metric(torch.stack(grams).mean(0)))
@@ -168,10 +186,10 @@ class BlockGrid(Structure):
     def cost(self, use: Use, rows: int, columns: int, weight_bytes: int, itemsize: int) -> Cost:
         return cost(tokens_of(use), rows, columns, self.blocks, int(self.rank), weight_bytes, itemsize)
 
-    def _right(self, site: Site) -> Tensor:
-        """v (blocks rank, in), in the weight's dtype."""
-        v = site.analysis(_Best(type(self), self.blocks)).v[:, :, : int(self.rank)]  # (i, j, rank, q)
-        return v.transpose(1, 2).reshape(-1, site.columns).to(site.weight.dtype)
+    def _right(self, site: Site, i: int) -> Tensor:
+        """V_i1 | V_i2 | ... (rank, in), in the weight's dtype."""
+        v = site.analysis(_Best(type(self), self.blocks, i)).v[:, : int(self.rank)]  # (j, rank, q)
+        return v.transpose(0, 1).reshape(-1, site.columns).to(site.weight.dtype)
 
     def _sides(self, site: Site) -> tuple[int, int]:
         """(p, q), the sides of one block."""
@@ -185,36 +203,67 @@ def block_counts(site: Site) -> list[int]:
 
 
 class _Factors(NamedTuple):
-    """The best right factors of every block, of every rank: V_ij[:rank]."""
+    """The best right factors of the blocks of one block row, of every rank: V_ij[:rank]."""
 
-    v: Tensor  # (i, j, k, q) float64, k = min(p, q); rows carry the root of their singular value, so that U can too
-    squares: Tensor  # (i, j, k) descending: s^2
+    v: Tensor  # (j, k, q) float64, k = min(p, q); rows carry the root of their singular value, so that U can too
+    squares: Tensor  # (j, k) descending: s^2
 
 
 @dataclass(frozen=True)
 class _Best:
-    """An analysis of a site: what the blocks of one grid are made of, whatever their rank."""
+    """An analysis of a site: what the blocks of row i of one grid are made of, whatever their rank."""
 
     grid: type[BlockGrid]
     blocks: int
+    i: int
 
     def __call__(self, site: Site) -> _Factors:
         """From the eigenvectors of the smaller Gram matrix of each block, all blocks at once (as `best_factors`)."""
-        rows = self.grid.split(site.weight.double(), self.blocks)  # (i, p, in)
-        w = torch.unflatten(rows, 2, (self.blocks, -1)).transpose(1, 2)  # (i, j, p, q)
-        own = _own(site.analysis(_metric), self.blocks)  # (j, q, q)
-        if w.shape[2] <= w.shape[3]:
-            squares, p = torch.linalg.eigh(w @ own @ w.mT)
+        roots, image = site.analysis(_Image(self.blocks))
+        w, image = self._row(site.weight.double()), self._row(image)
+        if roots is None:
+            squares, p = torch.linalg.eigh(image @ w.mT)
             v, u_norm = p.mT @ w, torch.ones_like(squares)
         else:
-            chol = torch.linalg.cholesky(own)
-            ws = w @ chol
-            squares, q = torch.linalg.eigh(ws.mT @ ws)
-            v = torch.linalg.solve_triangular(chol, q.mT, upper=False, left=False)
+            squares, q = torch.linalg.eigh(image.mT @ image)
+            v = torch.linalg.solve_triangular(roots, q.mT, upper=False, left=False)
             u_norm = squares.clamp_min(0).sqrt()
         # Split the scale evenly, so that neither factor leaves the range of float16.
         v = v * (u_norm / v.norm(dim=-1).clamp_min(1e-30)).sqrt().unsqueeze(-1)
-        return _Factors(v.flip(2), squares.clamp_min(0).flip(2))
+        return _Factors(v.flip(1), squares.clamp_min(0).flip(1))
+
+    def _row(self, matrix: Tensor) -> Tensor:
+        """The blocks of row i of a matrix (out, in): (j, p, q)."""
+        return cut(self.grid.split(matrix, self.blocks)[self.i], self.blocks)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An analysis of a site, the same for every grid of as many blocks: roots, image. Where blocks are no higher than
+    wide W blockdiag(G_jj) (out, in) and no roots, else W blockdiag(S_j) and all S_j (j, q, q)."""
+
+    blocks: int
+
+    def __call__(self, site: Site) -> tuple[Tensor | None, Tensor]:
+        own = _own(site.analysis(_metric), self.blocks)  # (j, q, q)
+        roots = torch.linalg.cholesky(own) if site.rows > site.columns else None
+        parts = torch.bmm(cut(site.weight.double(), self.blocks), own if roots is None else roots)
+        return roots, join(parts)
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """An analysis of a site: what one block row adds to the error, told from the rows of it that stand for all."""
+
+    structure: BlockGrid
+    i: int
+
+    def __call__(self, site: Site) -> float:
+        sample = site.analysis(stand_ins)
+        at = self.structure.places(site, self.i, sample.rows)
+        lost = torch.zeros(len(sample.rows), dtype=torch.float64)
+        lost[at] = row_errors(site, sample.rows[at], self.structure.refitted(site, self.i, sample.rows[at]))
+        return sample.total(lost)
 
 
 def _metric(site: Site) -> Tensor:

@@ -226,9 +226,9 @@ class LowRank(Structure):
         # Split the scale evenly, so that neither factor leaves the range of float16.
         balance = (u.norm(dim=0).clamp_min(1e-30) / v.norm(dim=1).clamp_min(1e-30)).sqrt()
         stored_v = store("v", (v * balance.unsqueeze(1)).to(site.weight.dtype), site.analysis(_input_metric)).double()
-        u = _refit(site.weight.double(), stored_v, metric.columns, fallback=u / balance)
-        gram = stored_v @ stored_v.T if metric.columns is None else stored_v @ metric.columns @ stored_v.T
-        store("u", u.to(site.weight.dtype), Metric(gram, metric.rows))
+        image = stored_v if metric.columns is None else stored_v @ metric.columns
+        u = _refit(site.weight.double(), stored_v, image, metric.columns, fallback=u / balance)
+        store("u", u.to(site.weight.dtype), Metric(image @ stored_v.T, metric.rows))
 
     def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
         return factors["u"].double() @ factors["v"].double()
@@ -253,9 +253,9 @@ class LowRank(Structure):
         return op.cost(tokens, rows, columns, rank, weight_bytes, itemsize)
 
 
-def _refit(w: Tensor, v: Tensor, metric: Tensor | None, fallback: Tensor) -> Tensor:
-    """U = W G V^T (V G V^T)^-1, the least-squares factor for the V that was stored."""
-    vg = v if metric is None else v @ damped(metric, DAMPING)
+def _refit(w: Tensor, v: Tensor, image: Tensor, metric: Tensor | None, fallback: Tensor) -> Tensor:
+    """U = W G V^T (V G V^T)^-1, the least-squares factor for the V that was stored; image: V G before G is damped."""
+    vg = image if metric is None else image + damping(metric, DAMPING) * v
     gram = damped(vg @ v.T, 1e-9)
     u: Tensor = torch.linalg.solve(gram, vg @ w.T).T
     return u if bool(torch.isfinite(u).all()) else fallback

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, rounding_metric, row_errors
-from fxcompress.core.sample import draw
+from fxcompress.core.sample import draw, enough
 from fxcompress.core.site import Site
 from fxcompress.passes import rounding
 
@@ -228,7 +228,7 @@ def error_bound(site: Site, projection: Projection) -> float:
     costs = site.analysis(_row_costs).reshape(-1, tile).sum(1)  # of each unit row
     if float(costs.sum()) <= 0:
         return 0.0
-    sample = draw(costs, max(4, SAMPLE_ROWS // tile))
+    sample = draw(costs, max(4, enough(SAMPLE_ROWS, site.columns) // tile))
     rows = (sample.rows.unsqueeze(1) * tile + torch.arange(tile)).flatten()
     mine = replace(metric, rows=None if metric.rows is None else metric.rows[rows])  # with all that is known of G
     made = prune(site.weight[rows], mine, projection.pattern, projection.by).dense()

@@ -259,12 +259,12 @@ def _estimates(
     for instance in reversed([*structure.space(site)]):
         stored = kinds if instance.matrices(site) else (None,)
         recipes = [r for s in stored if (r := Recipe(instance, s)).net_bytes(site) <= most]
-        bound = instance.bound_from(site, *before[instance.series()]) if instance.series() in before else 0.0
-        if bound <= most_lost and any(hopes(r, bound) for r in recipes):
-            bound = max(instance.error_bound(site), bound)
-        if not recipes or bound > most_lost:
+        own = instance.bound_from(site, *before[instance.series()]) if instance.series() in before else 0.0
+        closer = instance.rising_errors(site)
+        while own <= most_lost and any(hopes(r, own) for r in recipes) and (found_out := next(closer, None)) is not None:
+            own = max(own, found_out)
+        if not recipes or own > most_lost:
             continue
-        own = _own_error(instance, site) if any(hopes(r, bound) for r in recipes) else bound
         before[instance.series()] = instance, own
         found.append([Trial(r, r.net_bytes(site), own, own + added.get(r.storage, 0.0)) for r in recipes])
     return [t for trials in reversed(found) for t in trials if t.structure_error <= most_lost]
@@ -272,8 +272,7 @@ def _estimates(
 
 def _own_error(structure: Structure, site: Site) -> float:
     """Of the structure before anything is stored."""
-    error = structure.unstored_error(site) + structure.input_error(site)
-    return max(error, structure.error_bound(site))
+    return max(structure.rising_errors(site))
 
 
 def _promising(estimates: Sequence[Trial], rivals: Hull) -> list[Trial]:

@@ -29,7 +29,7 @@ from fxcompress.codegen.packing import BITS, pack, packed_bytes
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, judge_of, rounding_metric, row_errors
 from fxcompress.core.rewrite import Storage
-from fxcompress.core.sample import Sample, draw
+from fxcompress.core.sample import Sample, draw, enough
 from fxcompress.core.site import Site
 from fxcompress.passes import rounding
 from fxcompress.passes.grid import LOGARITHMIC, MIDDLE, POWERS_OF_TWO, ROW_CHUNK, SIXTEENTHS, Lattice, Rounded, cut
@@ -168,7 +168,8 @@ class Tried(NamedTuple):
 
 def tried(site: Site) -> Tried:
     """An analysis of the site, which row tiers want, too."""
-    qs, costs, count = [*Quantize.space(site)], row_costs(site, DRAWN_BY), DRAWS
+    qs, costs = [*Quantize.space(site)], row_costs(site, DRAWN_BY)
+    count = enough(DRAWS, site.columns)
     if is_table(site):
         qs, count = [Quantize(bits, group) for bits, group in TRIED_ON_TABLES], TABLE_DRAWS
         costs += costs.mean()  # half of them evenly: row tiers ask about rows that are hardly read

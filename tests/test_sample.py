@@ -147,11 +147,12 @@ def test_what_is_inferred_between_two_that_are_made():
         assert trial.recipe.error(site, trial.recipe.make(site).weight) == pytest.approx(trial.error, rel=0.02)
 
 
-def test_probes_take_a_share_of_every_call():
-    calls = [((torch.arange(8), torch.zeros(8, 3)), {}), ((torch.arange(2), torch.zeros(2, 5)), {})]
-    few = thinned(calls, 0.25)
-    assert [args[0].tolist() for args, _ in few] == [[0, 1], [0]]
-    assert [tuple(args[1].shape) for args, _ in few] == [(2, 3), (1, 5)]
+def test_probes_take_a_share_of_the_examples_few_calls_at_a_time():
+    calls = [((torch.arange(n), torch.zeros(n, width)), {}) for n, width in ((8, 3), (8, 4), (8, 5), (8, 6))]
+    taken = {share: [tuple(args[1].shape) for args, _ in thinned(calls, share)] for share in (0.01, 0.1, 0.25, 0.5)}
+    assert taken == {0.01: [(1, 3)], 0.1: [(3, 3)], 0.25: [(4, 3), (4, 6)], 0.5: [(4, 3), (4, 4), (4, 5), (4, 6)]}
+    ((args, _), *_) = thinned(calls, 0.25)
+    assert args[0].tolist() == [0, 1, 2, 3]
     assert thinned(calls, 1.5) == calls
     single = [((torch.zeros(1, n),), {}) for n in (3, 4, 5, 6)]
     assert thinned(single, 0.3) == single[:2]

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fxcompress.core.sample import Sample, draw
+from fxcompress.core.sample import Sample, draw, enough
 from fxcompress.core.site import Site
 
 T = TypeVar("T")
 
 ROW_CHUNK = 4096  # rows of a vocabulary taken at once
-STAND_INS = 256  # draws
+STAND_INS = 256  # draws of rows of 384
 CENTRED_FLOOR = 1e-6  # of mean(diag H): what summing x x^T batch by batch in float32 leaves uncertain
 
 
@@ -100,8 +100,8 @@ def image(site: Site) -> Tensor:
 def stand_ins(site: Site) -> Sample:
     """Rows of the site that stand for all, drawn by what each is of the signal; an analysis of the site."""
     if site.kind in ("embedding", "tied"):
-        return draw(row_errors(site, torch.arange(site.rows), torch.zeros(())), STAND_INS)
-    return draw((site.analysis(image) * site.weight).sum(1).clamp_min(0), STAND_INS)
+        return draw(row_errors(site, torch.arange(site.rows), torch.zeros(())), enough(STAND_INS, site.columns))
+    return draw((site.analysis(image) * site.weight).sum(1).clamp_min(0), enough(STAND_INS, site.columns))
 
 
 class Judge(NamedTuple):

@@ -220,6 +220,13 @@ class Structure(Rewrite):
         sample = site.analysis(stand_ins)
         return sample.total(row_errors(site, sample.rows, self.unstored_rows(site, sample.rows)))
 
+    def rising_errors(self, site: Site) -> Iterator[float]:
+        """Lower bounds on the squared relative error before anything is stored, each dearer than the one before; the
+        last is that error, what happens to the inputs included. Who has seen enough asks for no more."""
+        bound = self.error_bound(site)
+        yield bound
+        yield max(self.unstored_error(site) + self.input_error(site), bound)
+
     @abstractmethod
     def factor(self, site: Site, store: Store) -> None:
         """Project the site's weight: store every one of `matrices`, keep everything else."""

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 
+WIDTH = 384
+FEWEST = 32
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """rows (n,) int64, ascending; draws (n,) float64, adding up to 1; times (n,) float64: C / c of each."""
@@ -35,6 +39,13 @@ class Sample:
             return 0.0
         each = values.double() * self.times
         return math.sqrt(float(((each - self.total(values)).square() * self.draws).sum()) / self.deviates)
+
+
+def enough(count: int, columns: int) -> int:
+    """How many draws of rows of `columns` tell as much as `count` of WIDTH: each is a sum over its columns, and wide
+    rows differ less. On MiniLM's six weights of 1536 columns 64 tell the error of a setting of 2 to 4 bits within 2.3,
+    1.7 and 1.4 % (rms), 128 within 1.6, 1.0 and 1.5 %; on those of 384 columns 128 do within 1.4, 1.2 and .8 %."""
+    return count if columns <= WIDTH else max(FEWEST, round(count * math.sqrt(WIDTH / columns)))
 
 
 def draw(costs: Tensor, count: int) -> Sample:
