@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -33,6 +34,14 @@ class Prober:
         self.gm, self.calls = gm, calls
         self.frontier = Frontier(gm, calls)
         self.references = [self._finish(dict(env), 0, call) for env, call in zip(self.frontier.values, calls)]
+
+    def rows_read(self, site: Site) -> Tensor:
+        """The rows of the site's weight on which `loss` depends, ascending: all of them where it is multiplied."""
+        if site.kind != "embedding":
+            return torch.arange(site.rows)
+        self.frontier.advance(self.frontier.first_use(site))
+        read = (env[use.x].reshape(-1) for env in self.frontier.values for use in site.uses)
+        return torch.unique(torch.cat([*read]))  # type: ignore[no-any-return]
 
     def loss(self, site: Site, weight: Tensor, bias: Tensor | None) -> float:
         """The model's loss with `weight` (rows, columns), and `bias` if not None, in place of the site's own."""

@@ -35,6 +35,7 @@ MARGIN = 64  # bytes left from the second round on, more each time: how well fil
 WASTE = 0.004  # of the size: more room than this left by the files around the tensors is used in a second round
 CORRECTIONS = 2  # plans after the first
 SLIGHT = 0.01  # errors below it are not worth a second choice
+SLACK = 256  # bytes by which the files around the tensors of two plans of one small model differ
 TIMES_BYTES = 64  # of a compressed file, for what a report adds about a workload once it is measured
 OFF = 1.25  # measured over predicted error, either way, from which prices are corrected
 
@@ -97,16 +98,12 @@ def _meet(
     original: SignedModule, known: Calibration, plan: Plan, budget: Budget | None, roles: Mapping[str, Role | str],
     seen: Fixed, first: float | None,
 ) -> SignedModule:  # fmt: skip
-    """Rewrite; where the measured size or error breaks the promise, choose anew with what was measured, and rewrite."""
+    """Rewrite; where the measured size or error breaks the promise, choose anew with what was measured, and rewrite.
+    Where much room is left in the end, a plan that is thought to be slightly too large is tried as well."""
     room, target = budget, None if budget is None or budget.error is None else budget.error
     for turn in range(SIZE_ROUNDS):
-        compiled, reports = _rewrite(original, plan, roles, seen)
-        divergence = compare(original, compiled, known.held_out)
-        measured = divergence.error
-        report = replace(_report(plan, reports, measured, known, plan.predicted_bytes), first_error=first)
-        attach(compiled, original.signature, plan, report)
-        total = bytes_on_disk(compiled) + TIMES_BYTES * len(plan.workload)
-        attach(compiled, original.signature, plan, replace(report, measured_bytes=total))
+        compiled = _carried(original, known, plan, roles, seen, first)
+        total, measured = compiled.report.measured_bytes, compiled.report.measured_error
         if budget is None or room is None:
             return compiled
         size = budget.size_bytes(plan.original_bytes)
@@ -114,7 +111,11 @@ def _meet(
         too_wrong = target is not None and measured > target
         wasteful = size is not None and turn == 0 and plan.predicted_bytes - total > WASTE * plan.predicted_bytes
         if not too_big and not too_wrong and not wasteful:
-            return compiled
+            if size is None or size - total <= WASTE * size:
+                return compiled
+            other = _filled(plan, room, budget, total)
+            fuller = None if other is None else _carried(original, known, other, roles, seen, first)
+            return compiled if fuller is None or not _is_better(fuller.report, compiled.report, size) else fuller
         if too_wrong:
             assert room.error is not None
             assert target is not None
@@ -126,6 +127,32 @@ def _meet(
         f"budget {budget} was not met in {SIZE_ROUNDS} rounds: the best found has {total} bytes and error "
         f"{measured:.4g} on held-out batches. Ask for less, or give more calibration data."
     )
+
+
+def _carried(
+    original: SignedModule, known: Calibration, plan: Plan, roles: Mapping[str, Role | str], seen: Fixed,
+    first: float | None,
+) -> SignedModule:  # fmt: skip
+    """The plan carried out and measured: `.report` holds its bytes on disk and its error."""
+    compiled, reports = _rewrite(original, plan, roles, seen)
+    error = compare(original, compiled, known.held_out).error
+    report = replace(_report(plan, reports, error, known, plan.predicted_bytes), first_error=first)
+    attach(compiled, original.signature, plan, report)
+    total = bytes_on_disk(compiled) + TIMES_BYTES * len(plan.workload)
+    return attach(compiled, original.signature, plan, replace(report, measured_bytes=total))
+
+
+def _filled(plan: Plan, room: Budget, budget: Budget, total: int) -> Plan | None:
+    """What would be chosen if its files took SLACK bytes less than those of `plan`, `total` in all: descriptions that
+    are all alike compress better. None where that is the same."""
+    fixed = plan.fixed_bytes + total - plan.predicted_bytes - SLACK
+    other = replace(choose(replace(plan, fixed_bytes=fixed), room), budget=budget, fixed_bytes=fixed + SLACK)
+    return None if [c.spec for c in other.choices] == [c.spec for c in plan.choices] else other
+
+
+def _is_better(one: Report, other: Report, size: float) -> bool:
+    """`one` fits, and no more is lost."""
+    return one.measured_bytes <= size and one.measured_error <= other.measured_error
 
 
 def _rewrite(

@@ -41,7 +41,7 @@ from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, rounding_metric, row_errors, stand_ins
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
-from fxcompress.passes.low_rank import DAMPING, damped
+from fxcompress.passes.low_rank import damped_metric
 
 BLOCKS = (2, 4)
 MOST_STORED = 0.75  # of the dense elements: there is little to gain above
@@ -161,13 +161,13 @@ class BlockGrid(Structure):
     def refitted(self, site: Site, i: int, rows: Tensor) -> Tensor:
         """`unstored` of some rows of block row i, (n, in) float32."""
         v = self._right(site, i).double()
-        u, _ = _refit(site.weight[rows].double(), v, site.analysis(_metric), self.blocks)
+        u, _ = _refit(site.weight[rows].double(), v, site.analysis(damped_metric), self.blocks)
         parts = torch.unflatten(u, 1, (self.blocks, -1)).transpose(0, 1)  # (j, n, rank)
         return join(torch.bmm(parts, cut(v, self.blocks))).float()
 
     def factor(self, site: Site, store: Store) -> None:
         self.check(site)
-        blocks, metric = self.blocks, site.analysis(_metric)
+        blocks, metric = self.blocks, site.analysis(damped_metric)
         v = store("v", torch.cat([self._right(site, i) for i in range(blocks)])).double()
         rows = zip(self.split(site.weight.double(), blocks), v.chunk(blocks))
         u, grams = zip(*(_refit(w, mine, metric, blocks) for w, mine in rows))
@@ -245,7 +245,7 @@ class _Image:
     blocks: int
 
     def __call__(self, site: Site) -> tuple[Tensor | None, Tensor]:
-        own = _own(site.analysis(_metric), self.blocks)  # (j, q, q)
+        own = _own(site.analysis(damped_metric), self.blocks)  # (j, q, q)
         roots = torch.linalg.cholesky(own) if site.rows > site.columns else None
         parts = torch.bmm(cut(site.weight.double(), self.blocks), own if roots is None else roots)
         return roots, join(parts)
@@ -264,12 +264,6 @@ class _Lost:
         lost = torch.zeros(len(sample.rows), dtype=torch.float64)
         lost[at] = row_errors(site, sample.rows[at], self.structure.refitted(site, self.i, sample.rows[at]))
         return sample.total(lost)
-
-
-def _metric(site: Site) -> Tensor:
-    """G (in, in), damped."""
-    metric = rounding_metric(site).columns
-    return damped(torch.eye(site.columns, dtype=torch.float64) if metric is None else metric, DAMPING)
 
 
 def _own(metric: Tensor, blocks: int) -> Tensor:

@@ -29,7 +29,7 @@ NeurIPS 2021, the same minimiser; Cahyawijaya, Greenformers, 2021, low rank for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -76,16 +76,14 @@ def best_factors(site: Site) -> Factors:
     chol = identity if metric is None else torch.linalg.cholesky(damped(metric, DAMPING))
     weights = torch.ones(site.rows, dtype=torch.float64) if row_weight is None else row_weight
     gram = torch.zeros_like(chol)
-    parts = torch.split(site.weight, ROW_CHUNK)  # a vocabulary in float64 is too much at once
-    for part, p in zip(parts, torch.split(weights, ROW_CHUNK)):
+    for part, p in zip(torch.split(site.weight, ROW_CHUNK), torch.split(weights, ROW_CHUNK)):
         ws = part.double() @ chol
         gram += ws.T @ (ws * p.unsqueeze(1))
     squares, q = torch.linalg.eigh(gram)
     q = q.flip(1)
     v = torch.linalg.solve_triangular(chol, q.T, upper=False, left=False)
-    kept = torch.float64 if len(parts) == 1 else torch.float32
-    u = torch.cat([(part.double() @ (chol @ q)).to(kept) for part in parts])
-    return Factors(u, v, squares.clamp_min(0).flip(0))
+    directions = chol @ q
+    return Factors(_by_parts(site.weight, lambda part: part @ directions), v, squares.clamp_min(0).flip(0))
 
 
 def absorbed(site: Site) -> float:
@@ -129,6 +127,12 @@ def _input_metric(site: Site) -> Metric:
     """
     whole = rounding_metric(site)
     return whole if whole.rows is None else Metric(whole.columns)  # the same one is factored once
+
+
+def damped_metric(site: Site) -> Tensor:
+    """G (in, in) float64 by DAMPING, I where there is none; an analysis of the site, which other structures read."""
+    metric = rounding_metric(site).columns
+    return damped(torch.eye(site.columns, dtype=torch.float64) if metric is None else metric, DAMPING)
 
 
 def damped(metric: Tensor, share: float) -> Tensor:
@@ -227,11 +231,13 @@ class LowRank(Structure):
         balance = (u.norm(dim=0).clamp_min(1e-30) / v.norm(dim=1).clamp_min(1e-30)).sqrt()
         stored_v = store("v", (v * balance.unsqueeze(1)).to(site.weight.dtype), site.analysis(_input_metric)).double()
         image = stored_v if metric.columns is None else stored_v @ metric.columns
-        u = _refit(site.weight.double(), stored_v, image, metric.columns, fallback=u / balance)
+        refitted = _refit(site.weight, stored_v, image, metric.columns)
+        u = u / balance if refitted is None else refitted
         store("u", u.to(site.weight.dtype), Metric(image @ stored_v.T, metric.rows))
 
     def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
-        return factors["u"].double() @ factors["v"].double()
+        v = factors["v"].double()
+        return _by_parts(factors["u"], lambda part: part @ v)
 
     def emit(self, graph: fx.Graph, use: Use, operands: Mapping[str, Operand], bias: fx.Node | None) -> fx.Node:
         if use.kind == "embedding":
@@ -253,9 +259,18 @@ class LowRank(Structure):
         return op.cost(tokens, rows, columns, rank, weight_bytes, itemsize)
 
 
-def _refit(w: Tensor, v: Tensor, image: Tensor, metric: Tensor | None, fallback: Tensor) -> Tensor:
-    """U = W G V^T (V G V^T)^-1, the least-squares factor for the V that was stored; image: V G before G is damped."""
+def _refit(w: Tensor, v: Tensor, image: Tensor, metric: Tensor | None) -> Tensor | None:
+    """U = W G V^T (V G V^T)^-1, the least-squares factor for the V that was stored; image: V G before G is damped.
+    None where that is no number."""
     vg = image if metric is None else image + damping(metric, DAMPING) * v
     gram = damped(vg @ v.T, 1e-9)
-    u: Tensor = torch.linalg.solve(gram, vg @ w.T).T
-    return u if bool(torch.isfinite(u).all()) else fallback
+    u = _by_parts(w, lambda part: torch.linalg.solve(gram, vg @ part.T).T)
+    return u if bool(torch.isfinite(u).all()) else None
+
+
+def _by_parts(matrix: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """`work` on rows in float64; of a vocabulary, for which that is too much at once, the results are kept at least in
+    float32."""
+    parts = torch.split(matrix, ROW_CHUNK)
+    kept = torch.float64 if len(parts) == 1 else torch.promote_types(matrix.dtype, torch.float32)
+    return torch.cat([work(part.double()).to(kept) for part in parts])

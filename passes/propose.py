@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -29,44 +29,22 @@ from tqdm import tqdm
 from fxcompress.core.ahead import ahead
 from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration, Call, is_divisible, thinned
-from fxcompress.core.metric import local_error
 from fxcompress.core.plan import Candidate
 from fxcompress.core.rewrite import Rewrite, Storage, Structure
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site
 from fxcompress.core.ties import Tie
 from fxcompress.cost_model.sensitivity import Prober, kappa, price
-from fxcompress.passes.dense import Dense
 from fxcompress.passes.hull import NOTHING, Hull
 from fxcompress.passes.latency import Pricing
-from fxcompress.passes.recipe import Recipe, bias_of
+from fxcompress.passes.probes import MADE_EACH, Probe, Trial, family_of, probes_of
+from fxcompress.passes.recipe import Recipe
 from fxcompress.passes.unit_groups import agreed, unit_ties
 
 FASTER = 0.9  # of the seconds of a stored dense weight: less is within what a profile is good for
-MADE_EACH = 2**16  # weights of a site, up to which every recipe that is priced is made, and every family probed
-AT_HAND = 2**23  # weights of a site, above which probes are made one by one: those of a vocabulary are large
 PROBE_FLOPS = 4e10  # MiniLM's 32 held-out sentences take half of it
+MINOR = 0.1  # of what the largest of a series loses: its storing, which a tenth of the rank changes by a twentieth
 MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth: a structure that loses more answers no budget
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A recipe with its site error, before the model's reaction is known."""
-
-    recipe: Recipe
-    bytes: int
-    structure_error: float  # squared, before storing
-    error: float  # squared, in all
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """A weight that loses what its family loses, and its site error."""
-
-    family: str
-    weight: Tensor
-    bias: Tensor | None
-    error: float
 
 
 @dataclass(frozen=True)
@@ -76,7 +54,7 @@ class Tried:
     site: str
     trials: list[Trial]
     refused: list[tuple[str, str]]  # (rewrite, why)
-    probes: Iterable[Probe]
+    probes: Callable[[Tensor], Iterable[Probe]]  # from the rows that probing reads
 
 
 @dataclass(frozen=True)
@@ -118,10 +96,10 @@ def propose(
             if name not in tried:
                 tried.update({one.site: one for one in next(found)})
             site, one = by_name[name], tried.pop(name)
-            kappas = {p.family: _kappa(prober, site, p) for p in one.probes}
+            kappas = {p.family: _kappa(prober, site, p) for p in one.probes(prober.rows_read(site))}
             candidates.append(_candidate(site, Recipe(), 0.0, 0.0, sizes))
             for trial in one.trials:
-                storage, family = trial.recipe.storage, _family(site, trial.recipe.structure)
+                storage, family = trial.recipe.storage, family_of(site, trial.recipe.structure)
                 loss = price(kappas, family, storage.name if storage else "", trial.structure_error, trial.error)
                 candidates.append(_candidate(site, trial.recipe, trial.error, loss, sizes))
             refusals += [(name, rewrite, why) for rewrite, why in one.refused]
@@ -139,16 +117,7 @@ def _tried(
 ) -> list[Tried]:
     """Some tied sites, with all that is known of each but how the model minds it."""
     made = trials_of([calibration.informed(site) for site in sites], rewrites, budget, named, pricing)
-    return [Tried(s.name, trials, refused, _at_hand(s, _probes(s, trials))) for s, trials, refused in made]
-
-
-def _at_hand(site: Site, probes: Iterator[Probe]) -> Iterable[Probe]:
-    """`probes`, made here and now where they are not too large to be kept."""
-    if site.weight.numel() > AT_HAND:
-        return probes
-    made = [*probes]
-    site.forget()
-    return made
+    return [Tried(s.name, trials, refused, probes_of(s, trials)) for s, trials, refused in made]
 
 
 def trials_of(
@@ -177,7 +146,8 @@ def probed(gm: SignedModule, sites: Sequence[Site], calibration: Calibration) ->
 
 def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
     """What is wanted, made; of a large weight only a few of each structure and storage: what storing adds hardly
-    depends on how much of the weight they keep, and between those that are made it is a line in their bytes."""
+    depends on how much of the weight they keep, and between those that are made it is a line in their bytes. Where it
+    is little beside what the largest of them loses itself, that one is all that is made."""
     site = draft.site
     groups: dict[Hashable, list[Trial]] = {}
     for e in draft.estimates:
@@ -188,8 +158,11 @@ def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
     for group in groups.values():
         own = [_own_error(e.recipe.structure, site) for e in group]  # a tied site may want what was hopeless here
         by_size = sorted(range(len(group)), key=lambda i: group[i].bytes)
-        some = [by_size[i] for i in sorted({0, len(group) // 2 if len(group) > 4 else 0, len(group) - 1})]
-        added = [max(_error(site, group[i].recipe) - own[i], 0.0) for i in some]
+        some = [by_size[-1]]
+        added = [max(_error(site, group[by_size[-1]].recipe) - own[by_size[-1]], 0.0)]
+        if len(group) > 1 and added[0] > MINOR * own[by_size[-1]]:
+            others = [by_size[i] for i in sorted({0, len(group) // 2 if len(group) > 4 else 0})]
+            some, added = others + some, [max(_error(site, group[i].recipe) - own[i], 0.0) for i in others] + added
         told = np.interp([e.bytes for e in group], [group[i].bytes for i in some], added)
         found.update({str(e.recipe): Trial(e.recipe, e.bytes, o, o + float(a)) for e, o, a in zip(group, own, told)})
     return [found[str(e.recipe)] for e in draft.estimates if str(e.recipe) in found]
@@ -261,8 +234,8 @@ def _estimates(
         recipes = [r for s in stored if (r := Recipe(instance, s)).net_bytes(site) <= most]
         own = instance.bound_from(site, *before[instance.series()]) if instance.series() in before else 0.0
         closer = instance.rising_errors(site)
-        while own <= most_lost and any(hopes(r, own) for r in recipes) and (found_out := next(closer, None)) is not None:
-            own = max(own, found_out)
+        while own <= most_lost and any(hopes(r, own) for r in recipes) and (bound := next(closer, None)) is not None:
+            own = max(own, bound)
         if not recipes or own > most_lost:
             continue
         before[instance.series()] = instance, own
@@ -325,46 +298,6 @@ def _refused(
     return why is not None
 
 
-def _probes(site: Site, trials: Sequence[Trial]) -> Iterator[Probe]:
-    """One of each family: a storage's on a dense weight, a structure's of the structure alone.
-
-    Row tiers have their own: they spare the rows the model reads. Plain 8 bits priced by them made MiniLM at 2x
-    predict an error of .0084 where .0061 was measured.
-    """
-    families: dict[str, list[Trial]] = {}
-    for trial in trials:
-        structure, storage = trial.recipe.structure, trial.recipe.storage
-        if trial.structure_error > 0.0:
-            families.setdefault(_family(site, structure), []).append(trial)
-        elif storage is not None:
-            families.setdefault(storage.name, []).append(trial)
-    for family, mine in families.items():
-        typical = _typical(mine)
-        if typical.structure_error > 0.0:
-            weight = Recipe(typical.recipe.structure).make(site).weight
-        else:
-            weight = _stored(site, typical.recipe)
-        yield Probe(family, weight, bias_of(site, weight), local_error(site, weight))
-
-
 def _kappa(prober: Prober, site: Site, probe: Probe) -> float:
     """How much the model minds what the family loses at the site."""
     return kappa(prober.loss(site, probe.weight, probe.bias), probe.error)
-
-
-def _family(site: Site, structure: Structure) -> str:
-    """Whose kappa it has. All that lose the directions in which a weight matters least share one where a probe takes
-    long: they differ by 5 % (MiniLM, BERT), though by more on a grokked network, and its weights are small."""
-    return structure.name if site.weight.numel() <= MADE_EACH else structure.errs_as or structure.name
-
-
-def _stored(site: Site, recipe: Recipe) -> Tensor:
-    """Something like the weight as it will be read back."""
-    assert recipe.storage is not None
-    dense = isinstance(recipe.structure, Dense)
-    return recipe.storage.probe_weight(site) if dense else recipe.make(site).weight
-
-
-def _typical(trials: Sequence[Trial]) -> Trial:
-    """The one whose error is the median: neither lost in float noise nor saturated."""
-    return sorted(trials, key=lambda t: t.error)[len(trials) // 2]

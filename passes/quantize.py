@@ -96,16 +96,14 @@ class Quantize(Storage):
         lost = site.analysis(tried)
         return {q: lost.sample.total(lost.errors[q]) for q in cls.space(site)}
 
-    def probe_weight(self, site: Site) -> Tensor:
-        return self.roughly(site.weight, rounding_metric(site)).to(site.weight.dtype)
-
-    def roughly(self, matrix: Tensor, metric: Metric) -> Tensor:
-        """The matrix with errors of the kind that `encode` leaves, (rows, columns) float32. MiniLM minds them as it
-        minds those: kappa .997 times as large, with a spread of 4 % from weight to weight."""
-        x, group = matrix.float().T.contiguous(), self.group(matrix.shape[1]) or matrix.shape[1]
-        curve = metric.analysis(rounding.curvature)
+    def probe_rows(self, site: Site, rows: Tensor) -> Tensor:
+        """MiniLM minds these errors as it minds those of `encode`: kappa .997 times as large, with a spread of 4 % from
+        weight to weight."""
+        some = rows if len(rows) == site.rows else torch.cat([rows, _extremes(site, self.group_size)])
+        x, metric = site.weight[some].float().T.contiguous(), rounding_metric(site)
+        group, curve = self.group(site.columns) or site.columns, metric.analysis(rounding.curvature)
         grid = rounding.fit(x, self.bits, group, _importance(metric), self.lattice)
-        return Rounded(rounding.roughly(x, grid, self.bits, group, curve), grid, group).read()
+        return Rounded(rounding.roughly(x, grid, self.bits, group, curve), grid, group).read()[: len(rows)]
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         return stored_bytes(rows, columns, self.bits, self.group(columns), self.symmetric)

@@ -88,12 +88,13 @@ class QuantizeRows(Storage):
         sums = site.analysis(_errors)[:, order].cumsum(1)  # in the order rows are dealt to the tiers
         return {q: q._dealt(sums) for q in cls.space(site)}
 
-    def probe_weight(self, site: Site) -> Tensor:
-        metric, table = rounding_metric(site), torch.empty(site.rows, site.columns)
-        for tier, mine in zip(TIERS, torch.split(_order(site.weight, metric), list(self.counts))):
-            if len(mine):
-                table[mine] = tier.roughly(site.weight[mine], metric)
-        return table.to(site.weight.dtype)
+    def probe_rows(self, site: Site, rows: Tensor) -> Tensor:
+        found = torch.empty(len(rows), site.columns)
+        for tier, members in zip(TIERS, torch.split(_order(site.weight, rounding_metric(site)), list(self.counts))):
+            mine = torch.isin(rows, members)
+            if bool(mine.any()):
+                found[mine] = tier.probe_rows(site, rows[mine])
+        return found
 
     def stored_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         tiers = (stored_bytes(n, columns, t.bits, t.group(columns)) for n, t in zip(self.counts, TIERS))

@@ -39,7 +39,7 @@ from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, image, rounding_metric
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
-from fxcompress.passes.low_rank import DAMPING, damped, damping
+from fxcompress.passes.low_rank import DAMPING, damped_metric, damping
 
 MOST_LOST = 0.1  # of the output, where it is weighed unasked: a weight that was trained as quaternions loses nothing
 
@@ -85,6 +85,9 @@ class Quaternion(Structure):
     def matrices(self, site: Site) -> dict[str, tuple[int, int]]:
         return {"components": (site.rows // 4, site.columns)}
 
+    def unstored(self, site: Site) -> Tensor:
+        return op.expand(nearest(site).components)  # not kept: few weights are quaternions, and A is large
+
     def factor(self, site: Site, store: Store) -> None:
         self.check(site)
         best = site.analysis(nearest)
@@ -108,7 +111,7 @@ def nearest(site: Site) -> Nearest:
     w, metric = site.weight.double(), rounding_metric(site).columns
     if metric is None:
         return Nearest(op.fold(w) / 4, Metric())
-    curvature = op.turned(damped(metric, DAMPING))
+    curvature = op.turned(site.analysis(damped_metric))
     image_of = site.analysis(image) + damping(metric, DAMPING) * w
     components = torch.cholesky_solve(op.fold(image_of).T, torch.linalg.cholesky(curvature)).T
     return Nearest(components, Metric(curvature))

@@ -21,7 +21,9 @@ either, and only step 1 is left, which is the MSE-optimal data-free rounding.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,22 @@ class Curvature(NamedTuple):
     order: Tensor
 
 
+@dataclass(frozen=True)
+class _Damped:
+    """An analysis of a metric: G damped, in a unit that makes its mean diagonal 1, (columns, columns) float32; `times`
+    ten times more than the time before."""
+
+    times: int
+
+    def __call__(self, metric: Metric) -> Tensor:
+        assert metric.columns is not None
+        mean = metric.columns.diagonal().abs().mean()
+        level = (DAMPING * mean + torch.finfo(torch.float64).tiny ** 0.5) * 10**self.times
+        g: Tensor = (metric.columns / (mean + level)).float()
+        g.diagonal().add_(level / (mean + level))
+        return g
+
+
 def factored(metric: Metric, order: Tensor) -> tuple[Tensor, Tensor]:
     """G damped, (columns, columns) in a unit that makes its mean diagonal 1, and the upper triangular R of
     R R^T = G[order][:, order]; float32.
@@ -56,19 +74,16 @@ def factored(metric: Metric, order: Tensor) -> tuple[Tensor, Tensor]:
     R^T D is what is left of an error D once the columns behind have made up for those before, as far as they can.
     Single precision does: an element of R R^T is wrong by a share of sqrt(G_jj G_kk), whatever the other columns hold.
     """
-    assert metric.columns is not None
-    mean = metric.columns.diagonal().abs().mean()
-    level = DAMPING * mean + torch.finfo(torch.float64).tiny ** 0.5
     backwards = order.flip(0)
-    while True:
-        g = (metric.columns / (mean + level)).float()
-        g.diagonal().add_(level / (mean + level))
+    for times in itertools.count():
+        g = metric.analysis(_Damped(times))
+        assert g is not None
         lower, info = torch.linalg.cholesky_ex(g[backwards][:, backwards])
         if not int(info):
             return g, lower.flip(0, 1)
         # Moments are summed in float32: of inputs that never vary, or are too faint for their squares, what is left is
         # rounding, and can be far from positive definite.
-        level *= 10
+    raise AssertionError("a multiple of the identity is positive definite")
 
 
 def curvature(metric: Metric) -> Curvature:

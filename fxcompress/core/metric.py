@@ -71,16 +71,11 @@ def _rounding_metric(site: Site) -> Metric:
 
 def local_error(site: Site, approximation: Tensor) -> float:
     """e of `approximation` (rows, columns) in place of the site's weight."""
-    judge = site.analysis(judge_of)
-    d, errors = site.weight.float() - approximation.float(), []
-    if judge.input_signal is not None:
-        errors.append(_energy(d, judge.input_metric) / judge.input_signal)
-    if judge.row_signal is not None and judge.row_root is not None:
-        errors.append(_energy(d * judge.row_root, judge.row_metric) / judge.row_signal)
-    return sum(errors) / len(errors)
+    parts = (slice(start, start + ROW_CHUNK) for start in range(0, site.rows, ROW_CHUNK))
+    return sum(float(row_errors(site, part, approximation[part]).sum()) for part in parts)
 
 
-def row_errors(site: Site, rows: Tensor, approximation: Tensor) -> Tensor:
+def row_errors(site: Site, rows: Tensor | slice, approximation: Tensor) -> Tensor:
     """What each of `rows` (n,) adds to `local_error` if it is `approximation` (n, columns); (n,) float64."""
     judge = site.analysis(judge_of)
     d, errors = site.weight[rows].float() - approximation.float(), []

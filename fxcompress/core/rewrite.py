@@ -95,9 +95,9 @@ class Storage(Rewrite):
         """The site's whole weight as it would be read back, in its dtype."""
         return self.decode(self.encode(site.weight, rounding_metric(site)), site.weight)
 
-    def probe_weight(self, site: Site) -> Tensor:
-        """A weight with errors of the kind that `dense_weight` has, in its dtype; it may be quicker to make."""
-        return self.dense_weight(site)
+    def probe_rows(self, site: Site, rows: Tensor) -> Tensor:
+        """Some rows (n,) with errors of the kind that `dense_weight` has, (n, columns); they may be quicker to make."""
+        return self.dense_weight(site)[rows]
 
     @classmethod
     @abstractmethod

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-WIDTH = 384
-FEWEST = 32
+WIDTH = 384  # columns
+FEWEST = 32  # draws
 
 
 @dataclass(frozen=True, eq=False)
