@@ -36,10 +36,12 @@ class Prober:
         self.references = [self._finish(dict(env), 0, call) for env, call in zip(self.frontier.values, calls)]
 
     def rows_read(self, site: Site) -> Tensor:
-        """The rows of the site's weight on which `loss` depends, ascending: all of them where it is multiplied."""
-        if site.kind != "embedding":
+        """The rows of the site's weight on which `loss` depends, ascending: all of them where it is multiplied, or read
+        by numbers that are made behind its first use."""
+        start = self.frontier.first_use(site)
+        if site.kind != "embedding" or not all(self.frontier.is_known_at(use.x, start) for use in site.uses):
             return torch.arange(site.rows)
-        self.frontier.advance(self.frontier.first_use(site))
+        self.frontier.advance(start)
         read = (env[use.x].reshape(-1) for env in self.frontier.values for use in site.uses)
         return torch.unique(torch.cat([*read]))  # type: ignore[no-any-return]
 

@@ -146,13 +146,11 @@ class BlockGrid(Structure):
 
     def rising_errors(self, site: Site) -> Iterator[float]:
         """Block row by block row: what some of them lose is less than what all lose."""
-        bound = lost = self.error_bound(site)
+        bound, lost = self.error_bound(site), 0.0
         yield bound
-        so_far = 0.0
         for i in range(self.blocks):
-            so_far += site.analysis(_Lost(self, i))
-            lost = max(so_far, bound)
-            yield lost
+            lost += site.analysis(_Lost(self, i))
+            yield max(lost, bound)
 
     def places(self, site: Site, i: int, rows: Tensor) -> Tensor:
         """Which of `rows` (n,) are of block row i, (n,) bool."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import sympy
 from torch import Tensor, fx
@@ -70,6 +70,15 @@ class Pruning(Structure):
 
     def series(self) -> Hashable:
         return self.name, self.by
+
+    def bound_from(self, site: Site, larger: Self, lost: float) -> float:
+        """On the line from nothing dropped to what `larger` drops: the next weights dropped cost no less than those
+        before. (On MiniLM's 37 weights twice as many lose at least 4.5 times as much as that says, half more 2.8.)"""
+        return lost * self._dropped(site) / larger._dropped(site)
+
+    def _dropped(self, site: Site) -> float:
+        """The share of each row's weights that it drops."""
+        return 1 - next(iter(self.matrices(site).values()))[1] / site.columns
 
     def unstored(self, site: Site) -> Tensor:
         return site.analysis(self._projection(site)).dense()

@@ -31,7 +31,7 @@ Tensorizing Neural Networks, NeurIPS 2015 (arXiv 1509.06569); Chekalina et al., 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -156,6 +156,9 @@ class TensorTrain(Structure):
                 squares = torch.linalg.eigvalsh(_gram(flat.reshape(left, -1)))  # ascending
                 largest = max(largest, float(squares[:-rank].clamp_min(0).sum()))
         return largest / total if total > 0 else 0.0
+
+    def series(self) -> Hashable:
+        return self.name, self.shapes  # trains of these digits and less rank are among them
 
     def factor(self, site: Site, store: Store) -> None:
         self.check(site)

@@ -1,5 +1,6 @@
 """The pruned structures: ops, bytes, graphs of every kind of use, refusals; and on MiniLM, which criterion wins."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -190,6 +191,20 @@ def test_words_in_a_spec_need_no_quotes():
     assert parse_spec("prune{sparsity=0.5, by=wanda}", names) == Prune(0.5, "wanda")
     assert parse_spec("prune_2_4{by=magnitude}", names) == Prune24("magnitude")
     assert str(Prune24()) == "prune_2_4"
+
+
+@pytest.mark.parametrize("kind", ["normal", "two values", "a third zero"])
+def test_what_more_of_a_row_loses_is_bound_by_what_less_of_it_does(kind):
+    weight = {"normal": weight_of((64, 48)), "two values": weight_of((64, 48)).sign()}.get(kind)
+    if weight is None:
+        weight = weight_of((64, 48)) * (torch.arange(48) % 3 > 0)
+    site = site_of(weight, second_moment=moment_of(48))
+    shares = (1 / 4, 3 / 8, 1 / 2, 3 / 4)
+    lost = {s: local_error(site, Prune(s).unstored(site)) for s in shares}
+    for less, more in itertools.combinations(shares, 2):
+        bound = Prune(more).bound_from(site, Prune(less), lost[less])
+        assert bound == pytest.approx(lost[less] * more / less)
+        assert bound <= lost[more] * (1 + 1e-6)
 
 
 @each

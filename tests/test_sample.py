@@ -196,6 +196,23 @@ def test_of_a_vocabulary_only_the_rows_that_are_read_are_probed(monkeypatch):
         assert probe.error == pytest.approx(whole[family].error, rel=0.1), family
 
 
+class ReadsTwice(Reader):
+    """The second time by what it made of the first."""
+
+    def forward(self, ids):
+        first = super().forward(ids)
+        return first + self.out(self.table(first.argmax(-1)))
+
+
+def test_of_a_vocabulary_that_is_read_by_what_was_read_every_row_is_probed():
+    torch.manual_seed(0)
+    batches = [torch.randint(6000, (8, 12), generator=torch.Generator().manual_seed(n)) for n in range(8)]
+    gm, known = api.observe(ReadsTwice().eval(), None, batches, False)
+    site = find_sites(gm)[0]
+    assert len(site.uses) == 2
+    assert torch.equal(Prober(gm, known.held_out).rows_read(site), torch.arange(6000))
+
+
 def test_probes_take_a_share_of_the_examples_few_calls_at_a_time():
     calls = [((torch.arange(n), torch.zeros(n, width)), {}) for n, width in ((8, 3), (8, 4), (8, 5), (8, 6))]
     taken = {share: [tuple(args[1].shape) for args, _ in thinned(calls, share)] for share in (0.01, 0.1, 0.25, 0.5)}

@@ -248,3 +248,14 @@ def test_the_kronecker_metric_helps_on_a_trained_model(data):
             ratios.append(ours / local_error(site, structure.unstored(blind)))
     assert len(ratios) > 8
     assert np.exp(np.mean(np.log(ratios))) < 0.95
+
+
+def test_of_trains_with_the_same_digits_less_rank_loses_more():
+    site = site_of(weight_of((48, 96)), second_moment=moment_of(96))
+    by_series = {}
+    for rank in (2, 4, 8, 16):
+        for shapes in (((8, 6), (12, 8)), ((4, 4), (4, 3), (6, 4))):
+            train = TensorTrain(rank, shapes)
+            by_series.setdefault(train.series(), []).append(train.unstored_error(site))
+    assert len(by_series) == 2  # other digits may hold what these cannot
+    assert all(lost == sorted(lost, reverse=True) for lost in by_series.values())

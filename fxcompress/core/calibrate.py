@@ -373,14 +373,14 @@ def _rows(call: Call, rows: slice) -> Call:
 
 
 def thinned(calls: Sequence[Call], share: float, whole: bool = False) -> list[Call]:
-    """About `share` of the examples: the first TOGETHER or more of calls from end to end, or of the calls the first
-    where each is one example or must stay `whole`."""
+    """About `share` of the examples: the first TOGETHER or so of calls spread from end to end; or of the calls, the
+    first, where each is one example or must stay `whole`."""
     if share >= 1:
         return list(calls)
     if whole or all(_examples(call) == 1 for call in calls):
         return list(calls[: math.ceil(share * len(calls))])
     wanted = max(1, round(share * sum(_examples(call) for call in calls)))
-    some = [calls[i] for i in spread(len(calls), min(len(calls), math.ceil(wanted / TOGETHER)))]
+    some = [calls[i] for i in spread(len(calls), min(len(calls), max(1, round(wanted / TOGETHER))))]
     part = wanted / sum(_examples(call) for call in some)
     return [_rows(call, slice(0, max(1, round(part * _examples(call))))) for call in some]
 
