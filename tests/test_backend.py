@@ -112,7 +112,7 @@ def test_ten_lengths_and_graph_breaks_compress_no_weight_twice(pair, model, monk
     chosen = [c.site for c in compiled.plan.choices if c.spec != "keep"]
     assert sorted(made) == sorted(chosen)
     for length, output in zip(lengths, outputs):
-        torch.testing.assert_close(output, compiled(ids(length=length)), rtol=1e-5, atol=1e-5)
+        assert torch.equal(output, compiled(ids(length=length)))
 
 
 @pytest.mark.parametrize("dynamic", [True, False, None])
@@ -133,7 +133,10 @@ def test_autocast_to_bfloat16(pair, lower):
         mine = backend(net, budget="4x", calibration=CALIBRATION, lower=lower)(ids())
         wanted = compiled(ids())
     assert mine.dtype == wanted.dtype
-    torch.testing.assert_close(mine.float(), wanted.float(), rtol=0.05, atol=0.05)
+    if lower == "eager":
+        assert torch.equal(mine, wanted)
+    # Inductor may leave out a rounding to bfloat16 between two calls: a last place, 2^-8, of what each of them makes.
+    assert (mine.float() - wanted.float()).norm() < 2**-7 * wanted.float().norm()
 
 
 @torch.no_grad()
