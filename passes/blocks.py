@@ -26,6 +26,7 @@ left 0.1-3 % more error at 4 bits after the refit, on four weights of MiniLM.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
@@ -41,11 +42,12 @@ from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, rounding_metric, row_errors, stand_ins
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
-from fxcompress.passes.low_rank import damped_metric
+from fxcompress.passes.low_rank import damped_image, damped_metric
 
 BLOCKS = (2, 4)
 MOST_STORED = 0.75  # of the dense elements: there is little to gain above
 SHARES = (0.5, 1)  # of that: what a number of blocks is offered at; each instance is made and measured
+NOISE = 1e-12  # of a block's largest s^2: what float64 leaves uncertain of the others
 RIDGE = 1e-9  # of a unit diagonal, so that features which copy each other leave the refit solvable
 
 
@@ -157,11 +159,12 @@ class BlockGrid(Structure):
         return torch.isin(rows, self.split(torch.arange(site.rows).unsqueeze(1), self.blocks)[i, :, 0])
 
     def refitted(self, site: Site, i: int, rows: Tensor) -> Tensor:
-        """`unstored` of some rows of block row i, (n, in) float32."""
-        v = self._right(site, i).double()
-        u, _ = _refit(site.weight[rows].double(), v, site.analysis(damped_metric), self.blocks)
-        parts = torch.unflatten(u, 1, (self.blocks, -1)).transpose(0, 1)  # (j, n, rank)
-        return join(torch.bmm(parts, cut(v, self.blocks))).float()
+        """`unstored` of some rows of block row i, (n, in) float32, but for the weight's dtype."""
+        best, rank = site.analysis(_Best(type(self), self.blocks, i)), int(self.rank)
+        v = best.v[:, :rank]  # (j, rank, q)
+        right = torch.bmm(cut(damped_image(site, rows), self.blocks), v.mT)  # (j, n, rank)
+        u = _least_squares(_gram(v, best.energies[:, :rank], rounding_metric(site).columns), join(right))
+        return join(torch.bmm(cut(u, self.blocks), v)).float()
 
     def factor(self, site: Site, store: Store) -> None:
         self.check(site)
@@ -205,6 +208,7 @@ class _Factors(NamedTuple):
 
     v: Tensor  # (j, k, q) float64, k = min(p, q); rows carry the root of their singular value, so that U can too
     squares: Tensor  # (j, k) descending: s^2
+    energies: Tensor  # (j, k): the diagonal of V_ij G_jj V_ij^T, which has nothing else
 
 
 @dataclass(frozen=True)
@@ -221,14 +225,15 @@ class _Best:
         w, image = self._row(site.weight.double()), self._row(image)
         if roots is None:
             squares, p = torch.linalg.eigh(image @ w.mT)
-            v, u_norm = p.mT @ w, torch.ones_like(squares)
+            v, u_norm, energies = p.mT @ w, torch.ones_like(squares), squares.maximum(NOISE * squares[:, -1:])
         else:
             squares, q = torch.linalg.eigh(image.mT @ image)
             v = torch.linalg.solve_triangular(roots, q.mT, upper=False, left=False)
-            u_norm = squares.clamp_min(0).sqrt()
+            u_norm, energies = squares.clamp_min(0).sqrt(), torch.ones_like(squares)
         # Split the scale evenly, so that neither factor leaves the range of float16.
-        v = v * (u_norm / v.norm(dim=-1).clamp_min(1e-30)).sqrt().unsqueeze(-1)
-        return _Factors(v.flip(1), squares.clamp_min(0).flip(1))
+        share = u_norm / v.norm(dim=-1).clamp_min(1e-30)
+        v = v * share.sqrt().unsqueeze(-1)
+        return _Factors(v.flip(1), squares.clamp_min(0).flip(1), (energies * share).flip(1))
 
     def _row(self, matrix: Tensor) -> Tensor:
         """The blocks of row i of a matrix (out, in): (j, p, q)."""
@@ -275,6 +280,22 @@ def _refit(w: Tensor, v: Tensor, metric: Tensor, blocks: int) -> tuple[Tensor, T
     parts = cut(v, blocks)  # (j, rank, q)
     image = torch.bmm(parts, metric.reshape(blocks, -1, len(metric))).flatten(0, 1)  # F_i G (blocks rank, in)
     gram = join(torch.bmm(cut(image, blocks), parts.mT))
+    return _least_squares(gram, w @ image.T), gram
+
+
+def _gram(v: Tensor, energies: Tensor, metric: Tensor | None) -> Tensor:
+    """F_i G F_i^T of V_i as `_Best` has it, before it is stored: only where two block columns meet is there anything
+    to multiply."""
+    blocks, rank, _ = v.shape
+    gram = torch.diag(energies.flatten()).reshape(blocks, rank, blocks, rank)
+    for a, b in itertools.combinations(range(blocks), 2) if metric is not None else ():
+        gram[a, :, b] = v[a] @ torch.unflatten(torch.unflatten(metric, 1, (blocks, -1)), 0, (blocks, -1))[a, :, b] @ v[b].T
+        gram[b, :, a] = gram[a, :, b].T
+    return gram.reshape(blocks * rank, blocks * rank)
+
+
+def _least_squares(gram: Tensor, right: Tensor) -> Tensor:
+    """U_i (p, n) of F_i G F_i^T (n, n) and W_i G F_i^T (p, n)."""
     scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt().unsqueeze(1)
     unit = scale * gram * scale.T + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
-    return (scale * torch.linalg.solve(unit, scale * (image @ w.T))).T, gram
+    return (scale * torch.linalg.solve(unit, scale * right.T)).T

@@ -135,6 +135,13 @@ def damped_metric(site: Site) -> Tensor:
     return damped(torch.eye(site.columns, dtype=torch.float64) if metric is None else metric, DAMPING)
 
 
+def damped_image(site: Site, rows: Tensor | slice = slice(None)) -> Tensor:
+    """Some rows of W G (n, in) float64, with the G of `damped_metric`."""
+    metric = rounding_metric(site).columns
+    level = DAMPING if metric is None else damping(metric, DAMPING)
+    return site.analysis(image)[rows] + level * site.weight[rows].double()
+
+
 def damped(metric: Tensor, share: float) -> Tensor:
     """metric + share mean(diag) I; positive definite even where every input was zero."""
     found = metric.clone()

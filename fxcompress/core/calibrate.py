@@ -118,10 +118,16 @@ def _pooled(moments: dict[str, Moment], site: Site) -> tuple[Tensor, Tensor] | N
     count = sum(m.count for m in seen)
     if not count:
         return None
-    sums = []
-    for name in ("second", "total"):
-        sums.append(torch.stack([t for m in seen if (t := getattr(m, name)) is not None]).double().sum(0) / count)
-    return sums[0], sums[1]
+    second, total = ([t for m in seen if (t := getattr(m, name)) is not None] for name in ("second", "total"))
+    return _summed(second).div_(count), _summed(total).div_(count)
+
+
+def _summed(parts: Sequence[Tensor]) -> Tensor:
+    """In float64, without another copy of any: moments are large."""
+    found = parts[0].to(torch.float64, copy=True)
+    for part in parts[1:]:
+        found += part
+    return found
 
 
 def row_probabilities(counts: Tensor) -> Tensor:

@@ -93,10 +93,18 @@ def image(site: Site) -> Tensor:
 
 
 def stand_ins(site: Site) -> Sample:
-    """Rows of the site that stand for all, drawn by what each is of the signal; an analysis of the site."""
+    """Rows of the site that stand for all; an analysis of the site. Half of the draws are by what each row is of the
+    signal, half even: where few rows are most of the signal (MiniLM's weights of 1536 columns) the others lose more of
+    theirs, and draws by signal alone told what structures lose 21 % wrong (rms; these 1 to 3 %)."""
+    signal = row_signals(site)
+    return draw(signal + signal.mean(), enough(STAND_INS, site.columns))
+
+
+def row_signals(site: Site) -> Tensor:
+    """What each row is of the squared output, up to a factor, (rows,) float64."""
     if site.kind in ("embedding", "tied"):
-        return draw(row_errors(site, torch.arange(site.rows), torch.zeros(())), enough(STAND_INS, site.columns))
-    return draw((site.analysis(image) * site.weight).sum(1).clamp_min(0), enough(STAND_INS, site.columns))
+        return row_errors(site, torch.arange(site.rows), torch.zeros(()))
+    return (site.analysis(image) * site.weight).sum(1).clamp_min(0)
 
 
 class Judge(NamedTuple):
