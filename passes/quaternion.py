@@ -118,18 +118,19 @@ def nearest(site: Site) -> Nearest:
 
 
 def untrained_error(site: Site) -> float:
-    """The squared relative error of quaternions near the nearest, told from rows of q that stand for all and in single
-    precision, for which G is damped more: within 5 % of the nearest's on MiniLM's weights, but for the pooler's few
+    """The squared relative error of quaternions near the nearest; with a metric told from rows of q that stand for all, in
+    single precision, for which G is damped more: within 5 % of the nearest's on MiniLM's weights, but for the pooler's few
     inputs. A weight of quaternions loses nothing in any G."""
     count, metric = site.rows // 4, rounding_metric(site).columns
     signal = row_signals(site).reshape(4, count).sum(0)
-    sample = draw(signal + signal.mean(), enough(STAND_INS // 4, site.columns))
+    sample = draw(signal + signal.mean(), count if metric is None else enough(STAND_INS // 4, site.columns))
     rows = (torch.arange(4).unsqueeze(1) * count + sample.rows).flatten()
-    w, image_of = site.weight[rows].float(), site.analysis(image)[rows].float()
+    w = site.weight[rows].float()
     q = op.fold(w) / 4
     if metric is not None:
         level = damping(metric, GATE_DAMPING).float()
         curvature = op.turned(metric.float())
         curvature.diagonal().add_(4 * level)
-        q = torch.cholesky_solve(op.fold(image_of + level * w).T, torch.linalg.cholesky(curvature)).T
+        right = op.fold(site.analysis(image)[rows].float() + level * w)
+        q = torch.cholesky_solve(right.T, torch.linalg.cholesky(curvature)).T
     return sample.total(row_errors(site, rows, op.expand(q)).reshape(4, -1).sum(0))
