@@ -284,18 +284,21 @@ def _refit(w: Tensor, v: Tensor, metric: Tensor, blocks: int) -> tuple[Tensor, T
 
 
 def _gram(v: Tensor, energies: Tensor, metric: Tensor | None) -> Tensor:
-    """F_i G F_i^T of V_i as `_Best` has it, before it is stored: only where two block columns meet is there anything
-    to multiply."""
-    blocks, rank, _ = v.shape
-    gram = torch.diag(energies.flatten()).reshape(blocks, rank, blocks, rank)
-    for a, b in itertools.combinations(range(blocks), 2) if metric is not None else ():
-        gram[a, :, b] = v[a] @ torch.unflatten(torch.unflatten(metric, 1, (blocks, -1)), 0, (blocks, -1))[a, :, b] @ v[b].T
-        gram[b, :, a] = gram[a, :, b].T
-    return gram.reshape(blocks * rank, blocks * rank)
+    """F_i G F_i^T of V_i as `_Best` has it, before it is stored: only where two block columns meet is there anything to
+    multiply."""
+    blocks, rank, side = v.shape
+    gram = torch.diag(energies.flatten())
+    if metric is not None:
+        coupled, met = metric.reshape(blocks, side, blocks, side), gram.reshape(blocks, rank, blocks, rank)
+        for a, b in itertools.combinations(range(blocks), 2):
+            met[a, :, b] = v[a] @ coupled[a, :, b] @ v[b].T
+            met[b, :, a] = met[a, :, b].T
+    return gram
 
 
 def _least_squares(gram: Tensor, right: Tensor) -> Tensor:
     """U_i (p, n) of F_i G F_i^T (n, n) and W_i G F_i^T (p, n)."""
     scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt().unsqueeze(1)
     unit = scale * gram * scale.T + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
-    return (scale * torch.linalg.solve(unit, scale * right.T)).T
+    found: Tensor = (scale * torch.linalg.solve(unit, scale * right.T)).T
+    return found

@@ -68,10 +68,9 @@ def best_factors(site: Site) -> Factors:
     metric, row_weight = rounding_metric(site).columns, site.statistics.row_weight
     if _by_outputs(site):
         w = site.weight.double()
-        gram = site.analysis(image) @ w.T
-        _, p = torch.linalg.eigh(gram if metric is None else gram + damping(metric, DAMPING) * (w @ w.T))
-        p = p.flip(1)
-        return Factors(p, p.T @ w, ((gram @ p) * p).sum(0).clamp_min(0))
+        squares, p = torch.linalg.eigh(damped_image(site) @ w.T)
+        p, v = p.flip(1), p.flip(1).T @ w
+        return Factors(p, v, (squares.flip(0) - level_of(metric) * v.square().sum(1)).clamp_min(0))
     identity = torch.eye(site.columns, dtype=torch.float64)
     chol = identity if metric is None else torch.linalg.cholesky(damped(metric, DAMPING))
     weights = torch.ones(site.rows, dtype=torch.float64) if row_weight is None else row_weight
@@ -137,9 +136,13 @@ def damped_metric(site: Site) -> Tensor:
 
 def damped_image(site: Site, rows: Tensor | slice = slice(None)) -> Tensor:
     """Some rows of W G (n, in) float64, with the G of `damped_metric`."""
-    metric = rounding_metric(site).columns
-    level = DAMPING if metric is None else damping(metric, DAMPING)
+    level = level_of(rounding_metric(site).columns)
     return site.analysis(image)[rows] + level * site.weight[rows].double()
+
+
+def level_of(metric: Tensor | None) -> Tensor | float:
+    """What `damped_metric` adds to the diagonal."""
+    return DAMPING if metric is None else damping(metric, DAMPING)
 
 
 def damped(metric: Tensor, share: float) -> Tensor:

@@ -110,7 +110,7 @@ def curvature(metric: Metric) -> Curvature:
     assert metric.columns is not None
     g, r = rounding.factored(metric, torch.arange(len(metric.columns)))
     u = _inverted(r)
-    return Curvature(g, u, u.square().sum(0))
+    return Curvature(g, u, torch.linalg.vector_norm(u, dim=0).square())
 
 
 def _inverted(r: Tensor) -> Tensor:

@@ -173,9 +173,9 @@ def tried(site: Site) -> Tried:
         costs += costs.mean()  # half of them evenly: row tiers ask about rows that are hardly read
     sample = draw(costs, count)
     rows = torch.cat([sample.rows, *(_extremes(site, group) for group in sorted({q.group_size for q in qs}))])
-    made = _round(site.weight[rows].float().T.contiguous(), rounding_metric(site), qs)
-    read = (done.read()[: len(sample.rows)] for done in made)
-    return Tried(sample, {q: row_errors(site, sample.rows, w) for q, w in zip(qs, read)})
+    x, drawn = site.weight[rows].float().T.contiguous(), torch.arange(len(sample.rows))
+    made = _round(x, rounding_metric(site), qs, drawn)
+    return Tried(sample, {q: row_errors(site, sample.rows, done.read()) for q, done in zip(qs, made)})
 
 
 def _extremes(site: Site, group: int) -> Tensor:

@@ -84,13 +84,13 @@ class QuantizeRows(Storage):
     @classmethod
     def dense_errors(cls, site: Site) -> dict[Storage, float]:
         """An instance adds up the rows it takes of each tier."""
-        order = _order(site.weight, rounding_metric(site))
+        order = site.analysis(_dealing)
         sums = site.analysis(_errors)[:, order].cumsum(1)  # in the order rows are dealt to the tiers
         return {q: q._dealt(sums) for q in cls.space(site)}
 
     def probe_rows(self, site: Site, rows: Tensor) -> Tensor:
         found = torch.empty(len(rows), site.columns)
-        for tier, members in zip(TIERS, torch.split(_order(site.weight, rounding_metric(site)), list(self.counts))):
+        for tier, members in zip(TIERS, torch.split(site.analysis(_dealing), list(self.counts))):
             mine = torch.isin(rows, members)
             if bool(mine.any()):
                 found[mine] = tier.probe_rows(site, rows[mine])
@@ -144,7 +144,7 @@ def _errors(site: Site) -> Tensor:
     """
     sample, measured = site.analysis(tried)
     stretch = torch.empty(site.rows, dtype=torch.int64)
-    stretch[_order(site.weight, rounding_metric(site))] = torch.arange(site.rows) * STRETCHES // site.rows
+    stretch[site.analysis(_dealing)] = torch.arange(site.rows) * STRETCHES // site.rows
     mine, weighs, found = stretch[sample.rows], sample.times * sample.draws, []
     for tier in TIERS:
         costs = row_costs(site, tier)
@@ -169,6 +169,11 @@ def _priced(site: Site) -> tuple[QuantizeRows, ...]:
         counts = torch.bincount((errors + price * cost).argmin(0), minlength=len(TIERS)).tolist()
         found[tuple(counts)] = QuantizeRows(*counts)
     return tuple(found.values())
+
+
+def _dealing(site: Site) -> Tensor:
+    """The site's rows in the order they are dealt to the tiers; an analysis of the site."""
+    return _order(site.weight, rounding_metric(site))
 
 
 def _order(matrix: Tensor, metric: Metric) -> Tensor:

@@ -118,9 +118,9 @@ def nearest(site: Site) -> Nearest:
 
 
 def untrained_error(site: Site) -> float:
-    """The squared relative error of quaternions near the nearest; with a metric told from rows of q that stand for all, in
-    single precision, for which G is damped more: within 5 % of the nearest's on MiniLM's weights, but for the pooler's few
-    inputs. A weight of quaternions loses nothing in any G."""
+    """The squared relative error of quaternions near the nearest. With a metric it is told from rows of q that stand
+    for all, in single precision, for which G is damped more: within 5 % of the nearest's on MiniLM's weights, but for
+    the pooler's few inputs. A weight of quaternions loses nothing in any G."""
     count, metric = site.rows // 4, rounding_metric(site).columns
     signal = row_signals(site).reshape(4, count).sum(0)
     sample = draw(signal + signal.mean(), count if metric is None else enough(STAND_INS // 4, site.columns))
@@ -131,6 +131,7 @@ def untrained_error(site: Site) -> float:
         level = damping(metric, GATE_DAMPING).float()
         curvature = op.turned(metric.float())
         curvature.diagonal().add_(4 * level)
-        right = op.fold(site.analysis(image)[rows].float() + level * w)
-        q = torch.cholesky_solve(right.T, torch.linalg.cholesky(curvature)).T
+        root, right = torch.linalg.cholesky(curvature), op.fold(site.analysis(image)[rows].float() + level * w)
+        half = torch.linalg.solve_triangular(root, right.T, upper=False)  # cholesky_solve would copy the root
+        q = torch.linalg.solve_triangular(root.T, half, upper=True).T
     return sample.total(row_errors(site, rows, op.expand(q)).reshape(4, -1).sum(0))

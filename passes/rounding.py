@@ -78,7 +78,7 @@ def factored(metric: Metric, order: Tensor) -> tuple[Tensor, Tensor]:
     for times in itertools.count():
         g = metric.analysis(_Damped(times))
         assert g is not None
-        lower, info = torch.linalg.cholesky_ex(g[backwards][:, backwards])
+        lower, info = torch.linalg.cholesky_ex(g.index_select(0, backwards).index_select(1, backwards))
         if not int(info):
             return g, lower.flip(0, 1)
         # Moments are summed in float32: of inputs that never vary, or are too faint for their squares, what is left is

@@ -41,7 +41,7 @@ from torch import Tensor, fx
 
 import fxcompress.codegen.ops.tensor_train_embedding as embedding_op
 import fxcompress.codegen.ops.tensor_train_linear as linear_op
-from fxcompress.codegen.ops.tensor_train import rebuild, to_digits
+from fxcompress.codegen.ops.tensor_train import rebuild, rows_at, to_digits
 from fxcompress.core.cost import Cost
 from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import rounding_metric
@@ -148,7 +148,7 @@ class TensorTrain(Structure):
         if rounding_metric(site).columns is not None or site.statistics.row_weight is not None:
             return 0.0
         shapes = self._shapes(site.rows, site.columns)
-        ranks, flat = bond_ranks(shapes, self.rank), _digits(site, shapes)
+        ranks, flat = bond_ranks(shapes, self.rank), _digits(site.weight.double(), shapes)
         total, largest, left = float(flat.square().sum()), 0.0, 1
         for rank, (n, m) in zip(ranks[1:-1], shapes):
             left *= n * m
@@ -165,12 +165,7 @@ class TensorTrain(Structure):
         shapes = self._shapes(site.rows, site.columns)
         ranks = bond_ranks(shapes, self.rank)
         roots = _roots(rounding_metric(site).columns, [n for n, _ in shapes])
-        rest = _digits(site, shapes)
-        left, right = 1, len(rest)
-        for root, (n, m) in zip(roots, shapes):  # W (S_1 (x) ... (x) S_d), a digit at a time
-            right //= n * m
-            rest = torch.einsum("anb,nk->akb", rest.reshape(left, n, m * right), root).reshape(-1)
-            left *= n * m
+        rest = _digits(_times(site.weight.double(), roots), shapes)
         level = _level(rest, shapes, ranks)
         for k, ((n, m), root) in enumerate(zip(shapes, roots)):
             rest = rest.reshape(ranks[k] * n * m, -1)
@@ -197,6 +192,12 @@ class TensorTrain(Structure):
         cores[-1] *= float(site.weight.float().std()) * math.sqrt(elements) / cores[-1].norm()
         for k, core in enumerate(cores):
             store(f"core{k}", core.to(site.weight.dtype))
+
+    def unstored_rows(self, site: Site, rows: Tensor) -> Tensor:
+        store = Store()
+        self.factor(site, store)
+        cores = [store.read[f"core{k}"].double() for k in range(len(store.read))]
+        return rows_at(rows, cores, *zip(*self._shapes(site.rows, site.columns)))
 
     def dense(self, factors: Mapping[str, Tensor], site: Site) -> Tensor:
         shapes = self._shapes(site.rows, site.columns)
@@ -247,9 +248,19 @@ def _value(node: Any) -> Tensor:
     return value
 
 
-def _digits(site: Site, shapes: Shapes) -> Tensor:
-    """The weight in float64, padded and in the order of its digits, flat."""
-    w = F.pad(site.weight.double(), (0, 0, 0, math.prod(m for _, m in shapes) - site.rows))
+def _times(w: Tensor, roots: Sequence[Tensor]) -> Tensor:
+    """W (S_1 (x) ... (x) S_d), a digit at a time."""
+    flat, right = w, w.shape[1]
+    for root in roots:
+        right //= len(root)
+        digit = flat.reshape(-1, len(root), right)
+        flat = root.T @ digit if right > 1 else digit.squeeze(2) @ root
+    return flat.reshape(w.shape)
+
+
+def _digits(w: Tensor, shapes: Shapes) -> Tensor:
+    """A weight, padded and in the order of its digits, flat."""
+    w = F.pad(w, (0, 0, 0, math.prod(m for _, m in shapes) - len(w)))
     return to_digits(w, [n for n, _ in shapes], [m for _, m in shapes])
 
 

@@ -17,7 +17,7 @@ import torch
 T = TypeVar("T")
 
 AT_ONCE = 2  # each holds matrices as large as its weight's metric: four of 3072 inputs would be over 1 GB
-IN_HAND = 16  # begun or done before they are asked for: a BERT's vocabulary takes as long as the twelve weights after it
+IN_HAND = 16  # begun or done before they are asked for: BERT's vocabulary takes as long as twelve weights after it
 
 
 def ahead(tasks: Iterable[Callable[[], T]]) -> Generator[T]:
