@@ -171,7 +171,8 @@ class TensorTrain(Structure):
             rest = rest.reshape(ranks[k] * n * m, -1)
             last = k == len(shapes) - 1
             found = rest if last else _leading(rest, ranks[k + 1]) * (level * math.sqrt(len(rest)))
-            core = torch.linalg.solve(root.T, found.reshape(ranks[k], n, -1))  # S_k^-1 on the column's digit
+            # S_k^-1 on the column's digit
+            core = torch.linalg.solve_triangular(root.T, found.reshape(ranks[k], n, -1), upper=True)
             read = store(f"core{k}", core.reshape(ranks[k] * n, -1).to(site.weight.dtype)).double()
             if not last:
                 basis = (root.T @ read.reshape(ranks[k], n, -1)).reshape(len(rest), -1)

@@ -147,7 +147,7 @@ def corrected_bias(site: Site, approximation: Tensor, bias: Tensor) -> Tensor:
     mean = site.statistics.mean
     if mean is None or not site.correctable:
         return bias
-    return (bias.double() + (site.weight.double() - approximation.double()) @ mean).to(bias.dtype)
+    return (bias.double() + (site.weight.float() - approximation.float()).double() @ mean).to(bias.dtype)
 
 
 def _energy(a: Tensor, metric: Tensor | None) -> float:
