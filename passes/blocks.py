@@ -42,7 +42,7 @@ from fxcompress.core.errors import SpecError
 from fxcompress.core.metric import Metric, rounding_metric, row_errors, stand_ins
 from fxcompress.core.rewrite import Operand, Store, Structure
 from fxcompress.core.site import Site, Use, tokens_of
-from fxcompress.passes.low_rank import damped_image, damped_metric
+from fxcompress.passes.low_rank import DAMPING, damped_image, damped_metric, level_of
 
 BLOCKS = (2, 4)
 MOST_STORED = 0.75  # of the dense elements: there is little to gain above
@@ -248,7 +248,7 @@ class _Image:
     blocks: int
 
     def __call__(self, site: Site) -> tuple[Tensor | None, Tensor]:
-        own = _own(site.analysis(damped_metric), self.blocks)  # (j, q, q)
+        own = _own(site, self.blocks)  # (j, q, q)
         roots = torch.linalg.cholesky(own) if site.rows > site.columns else None
         parts = torch.bmm(cut(site.weight.double(), self.blocks), own if roots is None else roots)
         return roots, join(parts)
@@ -269,10 +269,14 @@ class _Lost:
         return sample.total(lost)
 
 
-def _own(metric: Tensor, blocks: int) -> Tensor:
-    """G_jj of every block column j: (blocks, q, q)."""
-    side = len(metric) // blocks
-    return metric.reshape(blocks, side, blocks, side).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+def _own(site: Site, blocks: int) -> Tensor:
+    """G_jj of every block column j, damped as `damped_metric` is: (blocks, q, q)."""
+    metric, side = rounding_metric(site).columns, site.columns // blocks
+    if metric is None:
+        return (1 + DAMPING) * torch.eye(side, dtype=torch.float64).expand(blocks, -1, -1)
+    own = metric.reshape(blocks, side, blocks, side).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+    own.diagonal(dim1=1, dim2=2).add_(level_of(metric))
+    return own
 
 
 def _refit(w: Tensor, v: Tensor, metric: Tensor, blocks: int) -> tuple[Tensor, Tensor]:

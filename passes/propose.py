@@ -24,11 +24,13 @@ from functools import partial
 import numpy as np
 import sympy
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxcompress.core.ahead import ahead
 from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import Calibration, Call, is_divisible, thinned
+from fxcompress.core.divergence import mask_of
 from fxcompress.core.plan import Candidate
 from fxcompress.core.rewrite import Rewrite, Storage, Structure
 from fxcompress.core.signature import SignedModule
@@ -141,7 +143,25 @@ def probed(gm: SignedModule, sites: Sequence[Site], calibration: Calibration) ->
     calls = calibration.held_out
     sizes = [gm.signature.symbols(*call) for call in calls]
     flops = sum(flops_of(Recipe(), site, each) for each in sizes for site in sites)
-    return thinned(calls, PROBE_FLOPS / max(flops, 1.0), whole=not is_divisible(gm))
+    return [unpadded(gm, c) for c in thinned(calls, PROBE_FLOPS / max(flops, 1.0), whole=not is_divisible(gm))]
+
+
+def unpadded(gm: SignedModule, call: Call) -> Call:
+    """The call without the columns at its end that no example reads, as its attention mask tells; as it is where it has
+    none, or was captured for one length."""
+    mask, (leaves, spec) = mask_of(call[1]), pytree.tree_flatten(call)
+    slots = gm.signature.slots
+    at = next((slot.dims[1] for slot, leaf in zip(slots, leaves) if leaf is mask and len(slot.dims) == 2), 0)
+    if mask is None or mask.is_floating_point() or isinstance(at, int):
+        return call
+    read = mask.ne(0).any(0).nonzero()
+    length = max(at[1], 1 + int(read[-1])) if len(read) else mask.shape[1]
+    for i, slot in enumerate(slots):
+        for axis, dim in enumerate(slot.dims):
+            if dim == at:
+                leaves[i] = leaves[i].narrow(axis, 0, length)
+    cut: Call = pytree.tree_unflatten(leaves, spec)
+    return cut
 
 
 def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
