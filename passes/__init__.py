@@ -4,7 +4,7 @@
 - `refuses` answers in a clause a user understands, lower case, no full stop; silence is not an answer
 - `space` runs from cheapest to most exact and holds only instances that beat dense on some axis
 - the error it claims is exact for the calibration inputs, or an upper bound within 2 %; of a large weight it is told
-  from some of its rows, with a deviation of 1 to 2 % on MiniLM's (fxcompress.core.sample)
+  from some of its rows, with a deviation of 1 to 3 % on MiniLM's (fxcompress.core.sample)
 - the bytes it claims are the bytes it stores
 - it never touches the graph beyond inserting its call; fxcompress.core.surgery does the rest
 - tied weights stay one decision and one set of tensors: an op for every kind of use, or a refusal

@@ -1,7 +1,7 @@
 """Every recipe worth weighing at every site, priced: bytes, flops, the site's own error, the loss it costs the model.
 
 1. Each storage on the dense weight: its error in the calibration statistics, told from rows that stand for all where
-   there are many (fxcompress.core.sample): of MiniLM's weights within 1 to 2 %.
+   there are many (fxcompress.core.sample): of MiniLM's weights within 1 to 3 %.
 2. Each structure, plain and with each storage on its factors. A structure's error before storing is a closed form and a
    lower bound; a recipe is dropped unmade when that error, plus what the same storage does to the dense weight, is no
    better than stored dense weights of as many bytes (with some room, because kappa differs between families), and made

@@ -45,7 +45,7 @@ def test_two_tasks_run_at_once_with_half_of_the_threads_each(with_threads):
 def test_no_more_is_begun_than_is_in_hand(with_threads):
     with_threads(2)
     begun = []
-    found = ahead((lambda n=n: begun.append(n) or n) for n in range(9))
+    found = ahead((lambda n=n: begun.append(n) or n) for n in range(3 * IN_HAND))
     next(found)
     assert len(begun) <= IN_HAND
     found.close()
