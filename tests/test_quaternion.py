@@ -136,7 +136,7 @@ def test_whether_it_is_weighed_is_told_by_a_look(calibrated):
     assert untrained_error(site_of(expand(c), second_moment=moment)) < 1e-9
     site = site_of(expand(c) + 0.3 * c.std() * normal(1024, 96), second_moment=moment)
     whole = local_error(site, Quaternion().unstored(site))
-    # Without a metric nothing is told from a few; with one 5 % is the deviation on MiniLM's weights, two of it.
+    # Without a metric nothing is told from a few; with one 7 % is the most on MiniLM's weights.
     assert untrained_error(site) == pytest.approx(whole, rel=0.1 if calibrated else 1e-5)
 
 
