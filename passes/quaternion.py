@@ -128,10 +128,11 @@ def untrained_error(site: Site) -> float:
     w = site.weight[rows].float()
     q = op.fold(w) / 4
     if metric is not None:
-        level = damping(metric, GATE_DAMPING).float()
-        curvature = op.turned(metric.float())
-        curvature.diagonal().add_(4 * level)
-        root, right = torch.linalg.cholesky(curvature), op.fold(site.analysis(image)[rows].float() + level * w)
+        unit = damping(metric, 1.0)  # inputs may be zero, or too faint for float32
+        curvature = op.turned((metric / unit).float())
+        curvature.diagonal().add_(4 * GATE_DAMPING)
+        right = op.fold((site.analysis(image)[rows] / unit).float() + GATE_DAMPING * w)
+        root = torch.linalg.cholesky(curvature)
         half = torch.linalg.solve_triangular(root, right.T, upper=False)  # cholesky_solve would copy the root
         q = torch.linalg.solve_triangular(root.T, half, upper=True).T
     return sample.total(row_errors(site, rows, op.expand(q)).reshape(4, -1).sum(0))

@@ -1,5 +1,6 @@
 """Quaternion weights: the Hamilton product written out, the projection against least squares, bytes and loss."""
 
+import math
 import re
 
 import numpy as np
@@ -138,6 +139,15 @@ def test_whether_it_is_weighed_is_told_by_a_look(calibrated):
     whole = local_error(site, Quaternion().unstored(site))
     # Without a metric nothing is told from a few; with one 7 % is the most on MiniLM's weights.
     assert untrained_error(site) == pytest.approx(whole, rel=0.1 if calibrated else 1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-60, 1e-12, 1e12])
+def test_a_look_at_inputs_of_any_size(scale):
+    weight = weight_of((64, 48))
+    told = untrained_error(site_of(weight, second_moment=moment_of(48) * scale))
+    assert math.isfinite(told)
+    if scale in (1e-12, 1e12):  # errors of fainter ones are judged in float32
+        assert told == pytest.approx(untrained_error(site_of(weight, second_moment=moment_of(48))), rel=1e-4)
 
 
 def test_a_generic_matrix_keeps_a_quarter_of_its_energy():
