@@ -17,9 +17,10 @@ from dataclasses import replace
 from functools import partial
 
 from fxcompress.core.ahead import ahead
-from fxcompress.core.calibrate import Calibration, Moment, multiplied
+from fxcompress.core.calibrate import Calibration, multiplied
 from fxcompress.core.divergence import mask_of
 from fxcompress.core.frontier import Frontier, put
+from fxcompress.core.moment import HeldMoment, Moment
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site, Use, find_sites
 from fxcompress.passes.recipe import Made, Recipe
@@ -78,9 +79,8 @@ class Staged(Fixed):
         self._gm, self._source = original, known
         self._own = {site.name: site for site in find_sites(original)}
         self._seen = set[str]()
-        held = known.held_out if known.has_held_out else []
-        self._batches = [(known.fitted, self.known.moments), (held, self.known.checks)]
-        self._frontiers = [Frontier(original, calls) for calls, _ in self._batches]
+        self._batches = [known.fitted, known.held_out if known.has_held_out else []]
+        self._frontiers = [Frontier(original, calls) for calls in self._batches]
 
     def begun(self) -> Fixed:
         return Staged(self._gm, self._source)
@@ -114,9 +114,11 @@ class Staged(Fixed):
         if use.key in self._seen:
             return
         self._seen.add(use.key)
-        for frontier, (calls, moments) in zip(self._frontiers, self._batches):
+        fit, check = Moment(), HeldMoment()
+        for frontier, calls, moment in zip(self._frontiers, self._batches, (fit, check)):
             frontier.advance(start)
-            if calls:
-                moments[use.key] = Moment()
             for env, call in zip(frontier.values, calls):
-                moments[use.key].add(multiplied(use, env[use.x], mask_of(call[1])))
+                moment.add(multiplied(use, env[use.x], mask_of(call[1])))
+        self.known.moments[use.key] = fit
+        if check.count:
+            self.known.checks[use.key] = check

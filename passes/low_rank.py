@@ -104,13 +104,10 @@ def judged_squares(site: Site) -> Tensor | None:
     judge, best = site.analysis(judge_of), site.analysis(best_factors)
     if site.kind == "tied":
         return None
-    by_rows = judge.row_root is not None
-    metric, signal = (judge.row_metric, judge.row_signal) if by_rows else (judge.input_metric, judge.input_signal)
-    assert signal is not None
-    v = best.v.float()
-    energies = (v.square() if metric is None else (v @ metric) * v).sum(1, dtype=torch.float64)
-    lost = energies if _by_outputs(site) else energies * best.squares
-    return lost.clamp_min(0) / signal
+    judged = judge.rows or judge.inputs
+    assert judged is not None
+    energies = judged.gram.energies(best.v)
+    return (energies if _by_outputs(site) else energies * best.squares) / judged.signal
 
 
 def _by_outputs(site: Site) -> bool:

@@ -27,6 +27,7 @@ from torch.fx.node import Argument
 from fxcompress.codegen.ops.dequantize import dequantize, stored_bytes, zero_bytes
 from fxcompress.codegen.packing import BITS, pack, packed_bytes
 from fxcompress.core.errors import SpecError
+from fxcompress.core.held import Gram
 from fxcompress.core.metric import Metric, judge_of, rounding_metric, row_errors
 from fxcompress.core.rewrite import Storage
 from fxcompress.core.sample import Sample, draw, enough
@@ -192,11 +193,11 @@ def row_costs(site: Site, q: Quantize) -> Tensor:
     judge, group = site.analysis(judge_of), q.group(site.columns) or site.columns
     ranges = torch.cat([_squared_ranges(part, group) for part in torch.split(site.weight, ROW_CHUNK)]).double()
     costs = torch.zeros(site.rows, dtype=torch.float64)
-    if judge.input_signal is not None:
-        costs += ranges @ _by_group(judge.input_metric, group, site.columns) / judge.input_signal
-    if judge.row_signal is not None and judge.row_root is not None:
-        read = judge.row_root.double().square().squeeze(1)
-        costs += read * (ranges @ _by_group(judge.row_metric, group, site.columns)) / judge.row_signal
+    if judge.inputs is not None:
+        costs += ranges @ _by_group(judge.inputs.gram, group) / judge.inputs.signal
+    if judge.rows is not None:
+        read = judge.rows.root.double().square().squeeze(1)
+        costs += read * (ranges @ _by_group(judge.rows.gram, group)) / judge.rows.signal
     return costs
 
 
@@ -206,10 +207,9 @@ def _squared_ranges(rows: Tensor, group: int) -> Tensor:
     return torch.stack([g.amax(1).clamp_min(0) - g.amin(1).clamp_max(0) for g in groups], 1).square()
 
 
-def _by_group(metric: Tensor | None, group: int, columns: int) -> Tensor:
+def _by_group(gram: Gram, group: int) -> Tensor:
     """What the columns of each group weigh together, (groups,) float64."""
-    weighs = torch.ones(columns) if metric is None else metric.diagonal().clamp_min(0)
-    return torch.stack([part.sum() for part in torch.split(weighs.double(), group)])
+    return torch.stack([part.sum() for part in torch.split(gram.diagonal(), group)])
 
 
 def _importance(metric: Metric) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.core.errors import SpecError
+from fxcompress.core.held import Many
 from fxcompress.core.metric import local_error, rounding_metric
 from fxcompress.core.resize import resize
 from fxcompress.core.rewrite import Store, parse_spec
@@ -120,10 +121,10 @@ def test_held_out_inputs_choose_the_damping():
     site, x = consumer_of(24, tokens=400)
     few = replace(site, statistics=Statistics(second_moment=x[:16].T @ x[:16] / 16), _analyses={})
     held = x[16:].T @ x[16:] / 384
-    judged = replace(few, statistics=replace(few.statistics, check=(held, x[16:].mean(0))), _analyses={})
+    judged = replace(few, statistics=replace(few.statistics, check=Many(held, x[16:].mean(0))), _analyses={})
     blind = local_error(judged, refit(few, span, kept))
     assert local_error(judged, refit(judged, span, kept)) < 0.8 * blind
-    plenty = replace(site, statistics=replace(site.statistics, check=(held, x[16:].mean(0))), _analyses={})
+    plenty = replace(site, statistics=replace(site.statistics, check=Many(held, x[16:].mean(0))), _analyses={})
     undamped = rounding_metric(plenty).columns
     answer = site.weight.double() @ undamped[:, kept] @ torch.linalg.inv(undamped[kept][:, kept])
     # DAMPINGS[0] of a metric whose condition number is below 1e4 moves the answer by 1e-2 of itself at the very most

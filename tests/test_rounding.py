@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import fxcompress
 from fxcompress import Budget
 from fxcompress.core.errors import SpecError
+from fxcompress.core.held import Many
 from fxcompress.core.metric import Metric, local_error, rounding_metric
 from fxcompress.passes import REWRITES, rounding
 from fxcompress.passes import grid as grids
@@ -237,7 +238,7 @@ def linear_site(rows=48, columns=80, dtype=torch.float32, bias=True, held_out=Tr
     (moment, mean), check = moments(inputs(columns, 1)), moments(inputs(columns, 2))
     weight = (normal(rows, 6) @ normal(6, columns, seed=7) + 0.5 * normal(rows, columns, seed=8)).to(dtype)
     own_bias = normal(rows, seed=3).to(dtype) if bias else None
-    return site_of(weight, bias=own_bias, second_moment=moment, mean=mean, check=check if held_out else None)
+    return site_of(weight, bias=own_bias, second_moment=moment, mean=mean, check=Many(*check) if held_out else None)
 
 
 @cache
@@ -292,7 +293,7 @@ def test_half_precision_sites_keep_what_their_candidates_claim(dtype):
         assert made.weight.dtype == dtype
         # The weight is read back in its own dtype, whose rounding (2^-9 in bfloat16) the claim need not count.
         rounding_alone = torch.finfo(dtype).eps ** 2 / 4 * rounding_metric(site).columns.trace() * site.weight.numel()
-        ceiling = float(rounding_alone) / energy(site.weight, site.statistics.check[0])
+        ceiling = float(rounding_alone) / energy(site.weight, site.statistics.check.second)
         assert local_error(site, made.weight) == pytest.approx(trial.error, rel=0.02, abs=ceiling), str(trial.recipe)
 
 

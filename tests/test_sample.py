@@ -11,6 +11,7 @@ from fxcompress import api
 from fxcompress.api import plan_only
 from fxcompress.core.budget import Budget
 from fxcompress.core.calibrate import thinned
+from fxcompress.core.held import Many
 from fxcompress.core.metric import local_error, stand_ins
 from fxcompress.core.rewrite import Structure
 from fxcompress.core.sample import draw
@@ -33,7 +34,7 @@ def held_out(columns):
     mean = normal(columns, seed=3).double() / 4
     shift = torch.outer(mean, mean)
     fit, check = moment_of(columns, seed=1) + shift, 1.1 * moment_of(columns, seed=1) + 0.1 * moment_of(columns, seed=2)
-    return Statistics(fit, mean, (check + shift, mean * 0.9))
+    return Statistics(fit, mean, Many(check + shift, mean * 0.9))
 
 
 def test_all_rows_stand_for_themselves():

@@ -77,7 +77,7 @@ def test_held_out_statistics_move_too():
     staged.rewritten(sites["first"], made)
     check = staged.informed(sites["left"]).statistics.check
     assert check is not None
-    assert not torch.allclose(check[0], known.statistics(sites["left"]).check[0])
+    assert not torch.allclose(check.second, known.statistics(sites["left"]).check.second)
 
 
 def test_weights_read_before_their_inputs_are_known_keep_the_originals(data):

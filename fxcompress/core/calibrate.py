@@ -18,9 +18,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -31,6 +31,7 @@ from fxcompress.core.capture import split_inputs
 from fxcompress.core.convolution import Window
 from fxcompress.core.divergence import kind_of, mask_of, named_outputs, unmasked
 from fxcompress.core.errors import CalibrationError, InputError
+from fxcompress.core.moment import HeldMoment, Moment, held, pooled, spread
 from fxcompress.core.signature import SignedModule
 from fxcompress.core.site import Site, Statistics, Use
 
@@ -46,32 +47,10 @@ EVEN_SHARE = 0.1
 PATCHES = 2**14
 PATCH_VALUES = 2**24  # numbers in all of those: 64 MB
 TOGETHER = 4  # sentences in one call take two thirds of the time they take alone (BERT-base)
-SAMPLE_ROWS = 256  # inputs kept as they are, at most a quarter of them from one batch
 GRADIENT_BATCHES = 4  # M is a (features, features) mean over every token; a few batches settle it
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass
-class Moment:
-    """Running sums over the rows of x (rows, in)."""
-
-    count: int = 0
-    total: Tensor | None = None  # (in,) float64
-    second: Tensor | None = None  # (in, in) float32: half the memory, and CENTRED_FLOOR covers what it rounds off
-    sample: Tensor | None = None  # (at most SAMPLE_ROWS, in) float32
-
-    def add(self, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).float()
-        second, total = x.T @ x, x.sum(0, dtype=torch.float64)
-        self.second = second if self.second is None else self.second.add_(second)
-        self.total = total if self.total is None else self.total.add_(total)
-        self.count += len(x)
-        kept = 0 if self.sample is None else len(self.sample)
-        room = min(SAMPLE_ROWS // 4, SAMPLE_ROWS - kept, len(x))
-        if room > 0:
-            picked = x[spread(len(x), room)]
-            self.sample = picked.clone() if self.sample is None else torch.cat([self.sample, picked])
+M = TypeVar("M", bound=Moment)
 
 
 @dataclass
@@ -79,7 +58,7 @@ class Calibration:
     """The statistics of one model on one data set; serves any number of budgets."""
 
     moments: dict[str, Moment] = field(default_factory=dict)  # by the key of the use
-    checks: dict[str, Moment] = field(default_factory=dict)  # the same over the held-out examples
+    checks: dict[str, HeldMoment] = field(default_factory=dict)  # the same over the held-out examples
     counts: dict[str, Tensor] = field(default_factory=dict)  # by the key of the use: (rows,) float64
     gradients: dict[str, Tensor] = field(default_factory=dict)  # by the name of the lookup node: sum g g^T
     held_out: list[Call] = field(default_factory=list)
@@ -98,36 +77,19 @@ class Calibration:
 
     def statistics(self, site: Site) -> Statistics:
         """What was seen at `site`; uses that saw nothing add nothing."""
-        fit, check = (_pooled(of, site) for of in (self.moments, self.checks))
+        second, mean = pooled(_seen(self.moments, site)) or (None, None)
         ids = [self.counts[u.key] for u in site.uses if u.kind == "embedding" and u.key in self.counts]
         rows = row_probabilities(torch.stack(ids).sum(0)) if ids else None
         grads = [self.gradients[u.node.name] for u in site.uses if u.node.name in self.gradients]
         metric = torch.stack(grads).sum(0) if grads else None
-        second, mean = fit or (None, None)
-        return Statistics(second, mean, check, self._sample(site), rows, metric)
-
-    def _sample(self, site: Site) -> Tensor | None:
-        seen = [self.moments[u.key].sample for u in site.uses if u.kind != "embedding" and u.key in self.moments]
-        found = [s for s in seen if s is not None]
-        return torch.cat(found) if found else None
+        samples = [m.sample for m in _seen(self.moments, site) if m.sample is not None]
+        sample = torch.cat(samples) if samples else None
+        return Statistics(second, mean, held(_seen(self.checks, site)), sample, rows, metric)
 
 
-def _pooled(moments: dict[str, Moment], site: Site) -> tuple[Tensor, Tensor] | None:
-    """E[x x^T], E[x] over all uses of the site that multiply."""
-    seen = [moments[u.key] for u in site.uses if u.kind != "embedding" and u.key in moments]
-    count = sum(m.count for m in seen)
-    if not count:
-        return None
-    second, total = ([t for m in seen if (t := getattr(m, name)) is not None] for name in ("second", "total"))
-    return _summed(second).div_(count), _summed(total).div_(count)
-
-
-def _summed(parts: Sequence[Tensor]) -> Tensor:
-    """In float64, without another copy of any: moments are large."""
-    found = parts[0].to(torch.float64, copy=True)
-    for part in parts[1:]:
-        found += part
-    return found
+def _seen(moments: Mapping[str, M], site: Site) -> list[M]:
+    """Of all uses of the site that multiply."""
+    return [moments[use.key] for use in site.uses if use.kind != "embedding" and use.key in moments]
 
 
 def row_probabilities(counts: Tensor) -> Tensor:
@@ -160,7 +122,7 @@ def calibrate(
     """Run every batch once; `staged` keeps them. Raises `CalibrationError` for empty data, a batch that does not fit,
     or NaN activations."""
     result = Calibration()
-    observer = _Observer(gm, sites, result.moments, result.counts)
+    observer = _Observer(gm, sites, result.moments, result.counts, Moment)
     total = len(batches) if isinstance(batches, Sized) else None
     gradient_batches: list[Call] = []
     whole = not is_divisible(gm)
@@ -189,7 +151,7 @@ def calibrate(
     if not gradient_batches:
         observer.observe(result.held_out[0], 0)
     if result.has_held_out:
-        checker = _Observer(gm, sites, result.checks, {})
+        checker = _Observer(gm, sites, result.checks, {}, HeldMoment)
         for call in result.held_out:
             checker.observe(call, 0)
     result.gradients = lookup_gradients(gm, sites, gradient_batches)
@@ -206,11 +168,11 @@ def bind_batch(gm: SignedModule, batch: Any, index: int) -> Call:
     return args, kwargs
 
 
-class _Observer(fx.Interpreter):
+class _Observer(fx.Interpreter, Generic[M]):
     """Adds every site's inputs to `moments` and `counts` as the graph runs; values are freed after their last use."""
 
     def __init__(
-        self, gm: SignedModule, sites: Sequence[Site], moments: dict[str, Moment], counts: dict[str, Tensor]
+        self, gm: SignedModule, sites: Sequence[Site], moments: dict[str, M], counts: dict[str, Tensor], kind: type[M]
     ) -> None:
         super().__init__(gm)
         self.extra_traceback = False  # torch would add the graph to our messages
@@ -220,7 +182,7 @@ class _Observer(fx.Interpreter):
             if use.kind != "embedding":
                 self.products.setdefault(use.x.name, {}).setdefault(use.key, (site, use))
         self.lookup = {use.x.name: site for site, use in uses if use.kind == "embedding"}
-        self.moments, self.counts = moments, counts
+        self.moments, self.counts, self.kind = moments, counts, kind
         self.mask: Tensor | None = None
         self.index = 0
 
@@ -232,7 +194,7 @@ class _Observer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         for key, (site, use) in self.products.get(n.name, {}).items():
-            moment = self.moments.setdefault(key, Moment())
+            moment = self.moments.setdefault(key, self.kind())
             moment.add(multiplied(use, value, self.mask))
             if not bool(torch.isfinite(moment.total).all()):  # type: ignore[arg-type]
                 raise CalibrationError(
@@ -276,17 +238,6 @@ def patches(window: Window, x: Tensor, mask: Tensor | None = None) -> Tensor:
     if len(wanted) > most:
         wanted = wanted[spread(len(wanted), most)]
     return view[torch.unravel_index(wanted, sizes)].flatten(1)
-
-
-def spread(count: int, room: int) -> Tensor:
-    """`room` of the numbers below `count`, rising: one of each of as many equal stretches.
-
-    Equal steps would meet the same column of every image, or the same position of every sentence, where one divides the
-    other; multiples of the golden ratio say how far into its stretch each number lies.
-    """
-    edges = torch.arange(room + 1) * count // max(room, 1)
-    golden = torch.arange(room, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1
-    return edges[:-1] + (golden * edges.diff()).long()
 
 
 def lookup_gradients(gm: SignedModule, sites: Sequence[Site], calls: Sequence[Call]) -> dict[str, Tensor]:

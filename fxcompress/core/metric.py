@@ -24,12 +24,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fxcompress.core.held import ROW_CHUNK, Gram, Identity, Many, OfMatrix
 from fxcompress.core.sample import Sample, draw, enough
 from fxcompress.core.site import Site
 
 T = TypeVar("T")
 
-ROW_CHUNK = 4096  # rows of a vocabulary taken at once
 STAND_INS = 256  # draws of rows of 384
 CENTRED_FLOOR = 1e-6  # of mean(diag H): what summing x x^T batch by batch in float32 leaves uncertain
 
@@ -79,10 +79,10 @@ def row_errors(site: Site, rows: Tensor | slice, approximation: Tensor) -> Tenso
     """What each of `rows` (n,) adds to `local_error` if it is `approximation` (n, columns); (n,) float64."""
     judge = site.analysis(judge_of)
     d, errors = site.weight[rows].float() - approximation.float(), []
-    if judge.input_signal is not None:
-        errors.append(_row_energies(d, judge.input_metric) / judge.input_signal)
-    if judge.row_signal is not None and judge.row_root is not None:
-        errors.append(_row_energies(d * judge.row_root[rows], judge.row_metric) / judge.row_signal)
+    if judge.inputs is not None:
+        errors.append(judge.inputs.gram.energies(d) / judge.inputs.signal)
+    if judge.rows is not None:
+        errors.append(judge.rows.gram.energies(d * judge.rows.root[rows]) / judge.rows.signal)
     return torch.stack(errors).mean(0)
 
 
@@ -107,39 +107,42 @@ def row_signals(site: Site) -> Tensor:
     return (site.analysis(image) * site.weight).sum(1).clamp_min(0)
 
 
-class Judge(NamedTuple):
-    """What every candidate of a site is judged by, float32; None where the site has no such use."""
+class ByInputs(NamedTuple):
+    """What the products of a weight are judged by."""
 
-    input_metric: Tensor | None
-    input_signal: float | None
-    row_root: Tensor | None  # sqrt(p) (rows, 1)
-    row_metric: Tensor | None
-    row_signal: float | None
+    gram: Gram
+    signal: float
+
+
+class ByRows(NamedTuple):
+    """What the lookups in a weight are judged by."""
+
+    gram: Gram
+    signal: float
+    root: Tensor  # sqrt(p) (rows, 1) float32
+
+
+class Judge(NamedTuple):
+    """What every candidate of a site is judged by; None where the site has no such use."""
+
+    inputs: ByInputs | None
+    rows: ByRows | None
 
 
 def judge_of(site: Site) -> Judge:
     w, s = site.weight.float(), site.statistics
     if s.second_moment is None and s.row_weight is None:
-        return Judge(None, _signal(w, None), None, None, None)
-    moment = s.second_moment if s.check is None else s.check[0]
-    metric, signal = (None, None) if moment is None else (_judging_metric(site), _signal(w, moment))
-    root = None if s.row_weight is None else s.row_weight.sqrt().unsqueeze(1).float()
-    row_signal = None if root is None else _signal(w * root, s.column_metric)
-    return Judge(_single(metric), signal, root, _single(s.column_metric), row_signal)
-
-
-def _single(metric: Tensor | None) -> Tensor | None:
-    return None if metric is None else metric.float()
-
-
-def _judging_metric(site: Site) -> Tensor | None:
-    s = site.statistics
-    fitted = None if s.second_moment is None or s.mean is None else (s.second_moment, s.mean)
-    found = s.check or fitted
-    if found is None or not site.correctable or s.mean is None:
-        return s.second_moment if s.check is None else s.check[0]
-    moment, mean = found
-    return torch.addr(moment, mean, s.mean, alpha=-1).addr_(s.mean, s.mean - mean)
+        gram: Gram = Identity(site.columns)
+        return Judge(ByInputs(gram, _signal(w, gram)), None)
+    inputs, rows = None, None
+    if s.second_moment is not None:
+        seen = s.check or Many(s.second_moment, torch.zeros(site.columns) if s.mean is None else s.mean)
+        inputs = ByInputs(seen.around(s.mean if site.correctable else None), _signal(w, seen.around(None)))
+    if s.row_weight is not None:
+        root = s.row_weight.sqrt().unsqueeze(1).float()
+        gram = Identity(site.columns) if s.column_metric is None else OfMatrix(s.column_metric.float())
+        rows = ByRows(gram, _signal(w * root, gram), root)
+    return Judge(inputs, rows)
 
 
 def corrected_bias(site: Site, approximation: Tensor, bias: Tensor) -> Tensor:
@@ -150,25 +153,10 @@ def corrected_bias(site: Site, approximation: Tensor, bias: Tensor) -> Tensor:
     return (bias.double() + (site.weight.float() - approximation.float()).double() @ mean).to(bias.dtype)
 
 
-def _energy(a: Tensor, metric: Tensor | None) -> float:
-    """tr(A G A^T)."""
-    if metric is None:
-        return float(a.square().sum(dtype=torch.float64))
-    return max(0.0, float(_row_energies(a, metric).sum()))
-
-
-def _row_energies(a: Tensor, metric: Tensor | None) -> Tensor:
-    """a_r G a_r^T of every row, float64; the products in float32, which costs a millionth and halves the time."""
-    g = None if metric is None else metric.float()
-    parts = [(p if g is None else p @ g).mul(p).sum(1, dtype=torch.float64) for p in torch.split(a.float(), ROW_CHUNK)]
-    return torch.cat(parts).clamp_min(0)
-
-
-def _signal(w: Tensor, metric: Tensor | None) -> float:
-    """The same, to be divided by. A weight that is all zero counts as one of float32's eps: any other yardstick would
+def _signal(w: Tensor, gram: Gram) -> float:
+    """tr(W G W^T), to be divided by. A weight that is all zero counts as one of float32's eps: any other yardstick would
     call the rounding of nothing an enormous error."""
-    energy = _energy(w, metric)
+    energy = float(gram.energies(w).sum())
     if energy > 0:
         return energy
-    inputs = float(w.shape[1]) if metric is None else float(metric.diagonal().sum())
-    return max(torch.finfo(torch.float32).eps ** 2 * inputs, 1e-200)
+    return max(torch.finfo(torch.float32).eps ** 2 * float(gram.diagonal().sum()), 1e-200)

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from fxcompress.core.convolution import TARGETS, Window
 from fxcompress.core.cost import ZERO, Cost, linear_cost
 from fxcompress.core.experts import EXPERTS
+from fxcompress.core.held import Held
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -60,7 +61,7 @@ class Statistics:
 
     second_moment: E[x x^T] (in, in) float64 over the inputs of its linear uses, or the patches of its convolutions
     mean: E[x] (in,) float64
-    check: the same two over held-out inputs, (E[x x^T], E[x]); errors are judged by them (a fit to H flatters H)
+    check: held-out inputs, in whose moments errors are judged (a fit to H flatters H)
     sample: a few of the inputs themselves (tokens, in) float32, for what no moment tells (ranges, rounding of x)
     row_weight: probability of each row (rows,) float64 over the ids of its embedding uses
     column_metric: (columns, columns) float64, how the output reacts to the looked-up row: E[g g^T] of its gradients
@@ -68,7 +69,7 @@ class Statistics:
 
     second_moment: Tensor | None = None
     mean: Tensor | None = None
-    check: tuple[Tensor, Tensor] | None = None
+    check: Held | None = None
     sample: Tensor | None = None
     row_weight: Tensor | None = None
     column_metric: Tensor | None = None
