@@ -62,7 +62,7 @@ class _Damped:
         assert metric.columns is not None
         mean = metric.columns.diagonal().abs().mean()
         level = (DAMPING * mean + torch.finfo(torch.float64).tiny ** 0.5) * 10**self.times
-        g: Tensor = (metric.columns / (mean + level)).float()
+        g = torch.div(metric.columns, mean + level, out=torch.empty(metric.columns.shape))  # in float64, then rounded
         g.diagonal().add_(level / (mean + level))
         return g
 

@@ -164,8 +164,8 @@ class TensorTrain(Structure):
         self.check(site)
         shapes = self._shapes(site.rows, site.columns)
         ranks = bond_ranks(shapes, self.rank)
-        roots = _roots(rounding_metric(site).columns, [n for n, _ in shapes])
-        rest = _digits(_times(site.weight.double(), roots), shapes)
+        roots = [root.float() for root in _roots(rounding_metric(site).columns, [n for n, _ in shapes])]
+        rest = _digits(_times(site.weight.float(), roots), shapes)
         level = _level(rest, shapes, ranks)
         for k, ((n, m), root) in enumerate(zip(shapes, roots)):
             rest = rest.reshape(ranks[k] * n * m, -1)
@@ -173,10 +173,11 @@ class TensorTrain(Structure):
             found = rest if last else _leading(rest, ranks[k + 1]) * (level * math.sqrt(len(rest)))
             # S_k^-1 on the column's digit
             core = torch.linalg.solve_triangular(root.T, found.reshape(ranks[k], n, -1), upper=True)
-            read = store(f"core{k}", core.reshape(ranks[k] * n, -1).to(site.weight.dtype)).double()
+            read = store(f"core{k}", core.reshape(ranks[k] * n, -1).to(site.weight.dtype)).float()
             if not last:
                 basis = (root.T @ read.reshape(ranks[k], n, -1)).reshape(len(rest), -1)
-                rest = torch.linalg.solve(damped(basis.T @ basis, 1e-12), basis.T @ rest)
+                wide = basis.double()  # stored columns may be nearly parallel
+                rest = torch.linalg.solve(damped(wide.T @ wide, 1e-12), wide.T).float() @ rest
 
     def draw(self, site: Site, generator: torch.Generator, store: Store) -> None:
         """The paper's random start, at the spread of the site's own weight."""

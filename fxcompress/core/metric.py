@@ -154,8 +154,8 @@ def corrected_bias(site: Site, approximation: Tensor, bias: Tensor) -> Tensor:
 
 
 def _signal(w: Tensor, gram: Gram) -> float:
-    """tr(W G W^T), to be divided by. A weight that is all zero counts as one of float32's eps: any other yardstick would
-    call the rounding of nothing an enormous error."""
+    """tr(W G W^T), to be divided by. A weight that is all zero counts as one of float32's eps: any other yardstick
+    would call the rounding of nothing an enormous error."""
     energy = float(gram.energies(w).sum())
     if energy > 0:
         return energy
