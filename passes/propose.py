@@ -167,7 +167,7 @@ def unpadded(gm: SignedModule, call: Call) -> Call:
 def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
     """What is wanted, made; of a large weight only a few of each structure and storage: what storing adds hardly
     depends on how much of the weight they keep, and between those that are made it is a line in their bytes. Where it
-    is little beside what the largest of them loses itself, that one is all that is made."""
+    is little beside what the largest of them loses itself, the smallest is all that is made."""
     site = draft.site
     groups: dict[Hashable, list[Trial]] = {}
     for e in draft.estimates:
@@ -178,10 +178,10 @@ def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
     for group in groups.values():
         own = [_own_error(e.recipe.structure, site) for e in group]  # a tied site may want what was hopeless here
         by_size = sorted(range(len(group)), key=lambda i: group[i].bytes)
-        *others, largest = [by_size[i] for i in sorted({0, len(group) // 2 if len(group) > 4 else 0, len(group) - 1})]
-        added = {largest: max(_error(site, group[largest].recipe) - own[largest], 0.0)}
-        if added[largest] > MINOR * own[largest]:
-            added = {i: max(_error(site, group[i].recipe) - own[i], 0.0) for i in others} | added
+        smallest, *others = [by_size[i] for i in sorted({0, len(group) // 2 if len(group) > 4 else 0, len(group) - 1})]
+        added = {smallest: max(_error(site, group[smallest].recipe) - own[smallest], 0.0)}
+        if added[smallest] > MINOR * own[by_size[-1]]:
+            added |= {i: max(_error(site, group[i].recipe) - own[i], 0.0) for i in others}
         told = np.interp([e.bytes for e in group], [group[i].bytes for i in added], [*added.values()])
         found.update({str(e.recipe): Trial(e.recipe, e.bytes, o, o + float(a)) for e, o, a in zip(group, own, told)})
     return [found[str(e.recipe)] for e in draft.estimates if str(e.recipe) in found]

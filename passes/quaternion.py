@@ -129,7 +129,7 @@ def untrained_error(site: Site) -> float:
     q = op.fold(w) / 4
     if metric is not None:
         unit = damping(metric, 1.0)  # inputs may be zero, or too faint for float32
-        curvature = op.turned((metric / unit).float())
+        curvature = op.turned(torch.div(metric, unit, out=torch.empty(metric.shape)))  # in float64, then rounded
         curvature.diagonal().add_(4 * GATE_DAMPING)
         right = op.fold((site.analysis(image)[rows] / unit).float() + GATE_DAMPING * w)
         root = torch.linalg.cholesky(curvature)
