@@ -66,7 +66,7 @@ def _made(site: Site, trials: Sequence[Trial], rows: Tensor) -> Iterator[Probe]:
     for trial in trials:
         structure, storage = trial.recipe.structure, trial.recipe.storage
         if trial.structure_error > 0.0:
-            families.setdefault(family_of(site, structure), []).append(trial)
+            families.setdefault(family_of(site, type(structure)), []).append(trial)
         elif storage is not None:
             families.setdefault(storage.name, []).append(trial)
     for family, mine in families.items():
@@ -93,7 +93,7 @@ def _lossy_rows(site: Site, trial: Trial, rows: Tensor) -> Tensor:
     return trial.recipe.make(site).weight[rows]
 
 
-def family_of(site: Site, structure: Structure) -> str:
+def family_of(site: Site, structure: type[Structure]) -> str:
     """Whose kappa it has. All that lose the directions in which a weight matters least share one where a probe takes
     long: they differ by 5 % (MiniLM, BERT), though by more on a grokked network, and its weights are small."""
     return structure.name if site.weight.numel() <= MADE_EACH else structure.errs_as or structure.name

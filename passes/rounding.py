@@ -222,8 +222,9 @@ def refit(image: Tensor, codes: Tensor, grid: Grid, group: int, damped: Tensor) 
     right = _by_group(c * image, group).T  # (rows, groups)
     normal = torch.empty(rows, groups, groups)
     for i in range(groups):
-        part = slice(i * group, min((i + 1) * group, columns))
-        normal[:, i] = _by_group((damped[:, part] @ c[part]) * c, group).T
+        part, rest = slice(i * group, min((i + 1) * group, columns)), slice(i * group, columns)
+        sums = _by_group((damped[rest, part] @ c[part]).mul_(c[rest]), group).T
+        normal[:, i, i:], normal[:, i:, i] = sums, sums  # it is symmetric
     ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12
     normal = normal + torch.diag_embed(ridge.expand(-1, groups))
     new = torch.linalg.solve(normal, right + ridge * grid.scale.T).T
