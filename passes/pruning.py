@@ -10,8 +10,8 @@ for a product, the rows that are asked for in a lookup. fxcompress.passes.masks 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping
-from typing import ClassVar, Self
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import sympy
 from torch import Tensor, fx
@@ -68,20 +68,18 @@ class Pruning(Structure):
     def error_bound(self, site: Site) -> float:
         return site.analysis(masks.Bound(self._projection(site)))
 
-    def series(self) -> Hashable:
-        return self.name, self.by
-
-    def bound_from(self, site: Site, larger: Self, lost: float) -> float:
-        """On the line from nothing dropped to what `larger` drops: the next weights dropped cost no less than those
-        before. (On MiniLM's 37 weights twice as many lose at least 4.5 times as much as that says, half more 2.8.)"""
-        return lost * self._dropped(site) / larger._dropped(site)
-
-    def _dropped(self, site: Site) -> float:
-        """The share of each row's weights that it drops."""
-        return 1 - next(iter(self.matrices(site).values()))[1] / site.columns
+    def rising_errors(self, site: Site) -> Iterator[float]:
+        """First what is told from others: SparseGPT is run for a few rows, but of many columns it takes long."""
+        yield (told := site.analysis(masks.Told(self._projection(site))))
+        yield from (max(told, error) for error in super().rising_errors(site))
 
     def unstored(self, site: Site) -> Tensor:
         return site.analysis(self._projection(site)).dense()
+
+    def unstored_rows(self, site: Site, rows: Tensor) -> Tensor:
+        if len(rows) == site.rows:
+            return self.unstored(site)[rows]  # which `factor` wants, too
+        return masks.some_pruned(site, self._projection(site), rows)
 
     def factor(self, site: Site, store: Store) -> None:
         pruned = site.analysis(self._projection(site))
