@@ -41,6 +41,10 @@ _STARTS = ((1.0, 0.75), (0.65, 0.45, 0.33))
 _STARTS_AT_8_BITS = ((1.07, 1.0), (0.5,))
 _LLOYD_STEPS = 2
 _BLOCK = 64
+# Weights: what is made of them stays in a core's cache. Of 768 columns 16,384 rows take a fifth of the time that they
+# take 8192 at once (8 bits, one core of an EPYC with 1 MB), 768 as long, 3072 half; the grids are the same.
+_SEARCHED = 2**18
+_LANES = 64  # rows, of which any number of vectors is made: the last bits of sums do not depend on who is beside whom
 
 
 class Curvature(NamedTuple):
@@ -96,7 +100,8 @@ def curvature(metric: Metric) -> Curvature:
 
 def fit(x: Tensor, bits: int, group: int, importance: Tensor | None, lattice: Lattice = PLAIN) -> Grid:
     """Step 1 for X (columns, rows) float32; importance (columns,) is diag G or None."""
-    parts = [_search(part, bits, group, importance, lattice) for part in torch.split(x, ROW_CHUNK, 1)]
+    some = max(_SEARCHED // len(x), _LANES) // _LANES * _LANES
+    parts = [_search(part, bits, group, importance, lattice) for part in torch.split(x, some, 1)]
     scale, zero = (torch.cat(t, 1) for t in zip(*parts))
     return snap(scale, zero, bits, lattice)
 
@@ -151,8 +156,12 @@ def _round_rows(
     stacked = x.repeat(1, len(bits))
     codes = descend(stacked, feed_back(stacked, scale, zero, near, curve), scale, zero, near, curve.damped)
     split = torch.split(codes, rows, 1)
-    image = curve.damped @ x
-    refitted = [rescale(g, refit(image, q, g, n, curve.damped)) for q, g, n in zip(split, grids, groups)]
+    image = functools.cache(lambda: curve.damped @ x)
+    scales = (
+        refit(image(), q, g, n, curve.damped) if n < columns else refit_rows(x, q, g, curve.damped)
+        for q, g, n in zip(split, grids, groups)
+    )
+    refitted = [rescale(g, s) for g, s in zip(grids, scales)]
     scale, zero = _side_by_side(refitted, groups, columns)
     codes = descend(stacked, codes, scale, zero, near, curve.damped)
     return [(q.to(torch.uint8), grid) for q, grid in zip(torch.split(codes, rows, 1), refitted)]
@@ -225,10 +234,27 @@ def refit(image: Tensor, codes: Tensor, grid: Grid, group: int, damped: Tensor) 
         part, rest = slice(i * group, min((i + 1) * group, columns)), slice(i * group, columns)
         sums = _by_group((damped[rest, part] @ c[part]).mul_(c[rest]), group).T
         normal[:, i, i:], normal[:, i:, i] = sums, sums  # it is symmetric
-    ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12
+    ridge = _ridge(normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
     normal = normal + torch.diag_embed(ridge.expand(-1, groups))
-    new = torch.linalg.solve(normal, right + ridge * grid.scale.T).T
-    return torch.where(new > 0.3 * grid.scale, new, grid.scale)
+    return _grown(torch.linalg.solve(normal, right + ridge * grid.scale.T).T, grid.scale)
+
+
+def refit_rows(x: Tensor, codes: Tensor, grid: Grid, damped: Tensor) -> Tensor:
+    """The same of one scale a row, (1, rows): there is no system to solve, and C^T G X is (G C)^T X."""
+    c = codes - grid.zero
+    image = damped @ c
+    normal, right = (image * c).sum(0, keepdim=True), image.mul_(x).sum(0, keepdim=True)
+    ridge = _ridge(normal)
+    return _grown((right + ridge * grid.scale) / (normal + ridge), grid.scale)
+
+
+def _ridge(normal: Tensor) -> Tensor:
+    return 1e-4 * normal + 1e-12
+
+
+def _grown(new: Tensor, old: Tensor) -> Tensor:
+    """The new scales, but for those that would be hardly any."""
+    return torch.where(new > 0.3 * old, new, old)
 
 
 def _by_group(values: Tensor, group: int) -> Tensor:
