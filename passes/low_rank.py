@@ -63,7 +63,7 @@ def best_factors(site: Site) -> Factors:
     rows <= columns:  W G W^T = P diag(s^2) P^T,  U = P,  V = P^T W   (U V projects W's outputs; not even S is needed)
                       P of the damped G: the 96 [CLS] inputs of MiniLM's pooler have no energy in most of its 384
                       directions, an undamped G leaves their order to chance, and plain SVD was better at high ranks
-    otherwise:        S^T W^T p W S = Q diag(s^2) Q^T,  U = W S Q,  V = Q^T S^-1
+    otherwise:        S^T (W^T p W) S = Q diag(s^2) Q^T,  U = W S Q,  V = Q^T S^-1
     """
     metric, row_weight = rounding_metric(site).columns, site.statistics.row_weight
     if _by_outputs(site):
@@ -76,9 +76,9 @@ def best_factors(site: Site) -> Factors:
     weights = torch.ones(site.rows, dtype=torch.float64) if row_weight is None else row_weight
     gram = torch.zeros_like(chol)
     for part, p in zip(torch.split(site.weight, ROW_CHUNK), torch.split(weights, ROW_CHUNK)):
-        ws = part.double() @ chol
-        gram += ws.T @ (ws * p.unsqueeze(1))
-    squares, q = torch.linalg.eigh(gram)
+        w = part.double()
+        gram.addmm_(w.T, w * p.unsqueeze(1))
+    squares, q = torch.linalg.eigh(chol.T @ gram @ chol)
     q = q.flip(1)
     v = torch.linalg.solve_triangular(chol, q.T, upper=False, left=False)
     directions = chol @ q
