@@ -69,7 +69,7 @@ class Pruning(Structure):
         return site.analysis(masks.Bound(self._projection(site)))
 
     def rising_errors(self, site: Site) -> Iterator[float]:
-        """First what is told from others: SparseGPT is run for a few rows, but of many columns it takes long."""
+        """First what is told from a quarter of every row: SparseGPT takes long where there are many columns."""
         yield (told := site.analysis(masks.Told(self._projection(site))))
         yield from (max(told, error) for error in super().rising_errors(site))
 

@@ -44,7 +44,7 @@ _BLOCK = 64
 # Weights: what is made of them stays in a core's cache. Of 768 columns 16,384 rows take a fifth of the time that they
 # take 8192 at once (8 bits, one core of an EPYC with 1 MB), 768 as long, 3072 half; the grids are the same.
 _SEARCHED = 2**18
-_LANES = 64  # rows, of which any number of vectors is made: the last bits of sums do not depend on who is beside whom
+_LANES = 64  # rows: parts are whole vectors of any width, because a vector's sums and a remainder's differ in last bits
 
 
 class Curvature(NamedTuple):
