@@ -47,6 +47,7 @@ FASTER = 0.9  # of the seconds of a stored dense weight: less is within what a p
 # MiniLM's 32 held-out sentences take 2e10. Of a BERT-base's 32 it is 4, which tell losses with a spread of 5 %.
 PROBE_FLOPS = 2.5e10
 MINOR = 0.25  # of what the largest of a series loses; storing half of its rank adds an eighth less (BERT, 768 x 3072)
+DOUBT = 0.03  # of what a structure loses itself: what storing adds is a difference, and drowns beside a large loss
 MOST_LOST = 0.15  # of the squared output; 2 bits lose a twentieth: a structure that loses more answers no budget
 
 
@@ -168,7 +169,7 @@ def unpadded(gm: SignedModule, call: Call) -> Call:
 def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
     """What is wanted, made; of a large weight only a few of each structure and storage: what storing adds hardly
     depends on how much of the weight they keep, and between those that are made it is a line in their bytes. Where it
-    is little beside what the largest of them loses itself, the smallest is all that is made."""
+    is surely little beside what the largest of them loses itself, the smallest is all that is made."""
     site = draft.site
     groups: dict[Hashable, list[Trial]] = {}
     for e in draft.estimates:
@@ -181,7 +182,7 @@ def _measured(draft: Draft, wanted: set[str]) -> list[Trial]:
         by_size = sorted(range(len(group)), key=lambda i: group[i].bytes)
         smallest, *others = [by_size[i] for i in sorted({0, len(group) // 2 if len(group) > 4 else 0, len(group) - 1})]
         added = {smallest: max(_error(site, group[smallest].recipe) - own[smallest], 0.0)}
-        if added[smallest] > MINOR * own[by_size[-1]]:
+        if added[smallest] + DOUBT * own[smallest] > MINOR * own[by_size[-1]]:
             added |= {i: max(_error(site, group[i].recipe) - own[i], 0.0) for i in others}
         told = np.interp([e.bytes for e in group], [group[i].bytes for i in added], [*added.values()])
         found.update({str(e.recipe): Trial(e.recipe, e.bytes, o, o + float(a)) for e, o, a in zip(group, own, told)})
